@@ -1,0 +1,123 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_embed.functional.losses import (
+    false_negative_mask,
+    info_nce,
+    multiple_negatives_ranking,
+    own_group_mask,
+    per_query_info_nce,
+    symmetric_info_nce,
+)
+
+QUERIES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+POSITIVES = torch.tensor([[0.8, 0.6], [0.0, 1.0], [1.0, 0.0]])
+NEGATIVES = torch.tensor([[0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
+ALL = ("query_to_passage", "passage_to_query", "query_to_query", "passage_to_passage")
+
+
+def close(actual: Tensor, expected: float) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected), atol=2e-6, rtol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "per_query", "mean"),
+    [
+        (0.02, (10.000045, 0.000045), 5.000045),
+        (0.1, (2.142971, 0.142971), 1.142971),
+        (1.0, (1.249748, 1.049748), 1.149748),
+    ],
+)
+def test_info_nce_with_groups_card_e7(temperature: float, per_query: tuple[float, float], mean: float) -> None:
+    passages = torch.tensor([[0.8, 0.6], [0.6, 0.8], [0.0, 1.0], [1.0, 0.0]])
+    targets = torch.tensor([0, 2])
+    losses = per_query_info_nce(torch.eye(2), passages, temperature, targets)
+    torch.testing.assert_close(losses, torch.tensor(per_query), atol=1e-6, rtol=0)
+    close(info_nce(torch.eye(2), passages, temperature, targets), mean)
+
+
+def test_info_nce_of_orthonormal_pairs() -> None:  # scores are [[1, 0], [0, 1]] / 0.5, so each row costs ln(1 + e^-2)
+    close(info_nce(torch.eye(2), torch.eye(2), 0.5), 0.126928)
+
+
+@pytest.mark.parametrize(
+    ("scale", "pairs", "triplets"), [(20, 3.753052, 4.372398), (1, 0.996814, 1.583484), (50, 9.333460, 10.273406)]
+)
+def test_ranking_family_forward(scale: float, pairs: float, triplets: float) -> None:
+    close(multiple_negatives_ranking(QUERIES, POSITIVES, scale), pairs)
+    close(multiple_negatives_ranking(QUERIES, torch.cat([POSITIVES, NEGATIVES]), scale), triplets)
+    close(info_nce(QUERIES, POSITIVES, 1 / scale), pairs)
+    close(info_nce(QUERIES, torch.cat([POSITIVES, NEGATIVES]), 1 / scale), triplets)
+
+
+def test_ranking_family_directions() -> None:
+    triplets = torch.cat([POSITIVES, NEGATIVES])
+    both = ALL[:2]
+    close(multiple_negatives_ranking(QUERIES, POSITIVES, directions=both), 3.753052)
+    close(multiple_negatives_ranking(QUERIES, triplets, directions=both), 4.062725)
+    close(symmetric_info_nce(QUERIES, triplets, 1 / 20), 4.062725)
+    close(multiple_negatives_ranking(QUERIES, POSITIVES, directions=ALL, joint=True), 4.509863)
+    close(multiple_negatives_ranking(QUERIES, triplets, directions=ALL, joint=True), 4.998762)
+
+
+@pytest.mark.parametrize(
+    ("hardness", "chosen", "pairs", "triplets"),
+    [(9, "in_batch", 9.640419, 13.092477), (5, "own", 3.753052, 4.504497), (9, "all", 9.640419, 13.093483)],
+)
+def test_ranking_family_hardness(hardness: float, chosen: str, pairs: float, triplets: float) -> None:
+    for passages, expected in ((POSITIVES, pairs), (torch.cat([POSITIVES, NEGATIVES]), triplets)):
+        close(multiple_negatives_ranking(QUERIES, passages, hardness=hardness, hardness_on=chosen), expected)  # type: ignore[arg-type]
+
+
+def test_info_nce_equals_a_literal_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for batch, group, width in ((1, 1, 3), (4, 1, 8), (5, 3, 7)):
+        queries = torch.randn(batch, width, generator=generator, dtype=torch.float64)
+        passages = torch.randn(batch * group, width, generator=generator, dtype=torch.float64)
+        mask = torch.rand(batch, batch * group, generator=generator) < 0.3
+        targets = torch.arange(batch) * group
+        mask[torch.arange(batch), targets] = False
+        total = 0.0
+        for i in range(batch):
+            weights = {}
+            for j in range(batch * group):
+                if not mask[i, j]:
+                    cosine = (queries[i] @ passages[j] / queries[i].norm() / passages[j].norm()).item()
+                    weights[j] = math.exp(cosine / 0.1)
+            total -= math.log(weights[i * group] / sum(weights.values()))
+        close(info_nce(queries, passages, 0.1, targets, mask), total / batch)
+
+
+def test_masks_leave_out_known_positives_and_foreign_groups() -> None:
+    targets = torch.tensor([0, 2])
+    keys = torch.tensor([7, 8, 9, 7])  # the last passage is query 0's positive under another row
+    mask = false_negative_mask(keys, torch.tensor([[7, 5], [9, -1]]), targets)
+    assert mask.tolist() == [[False, False, False, True], [False, False, False, False]]
+    own = own_group_mask(targets, 2, 4, torch.tensor([True, False]))
+    assert own.tolist() == [[False, False, True, True], [False, False, False, False]]
+
+
+def test_masked_duplicate_takes_no_part_in_loss_or_gradient() -> None:
+    passages = torch.cat([POSITIVES, POSITIVES[:1]]).requires_grad_()
+    mask = false_negative_mask(torch.tensor([1, 2, 3, 1]), torch.tensor([[1], [2], [3]]), torch.arange(3))
+    losses = per_query_info_nce(QUERIES, passages, 0.05, mask=mask)
+    torch.testing.assert_close(losses[0], per_query_info_nce(QUERIES, POSITIVES, 0.05)[0])
+    (gradient,) = torch.autograd.grad(losses[0], passages)
+    assert gradient[3].abs().max() == 0
+    assert gradient[1].abs().max() > 0
+
+
+def test_half_precision_embeddings_give_float32_losses() -> None:
+    assert info_nce(QUERIES.bfloat16(), POSITIVES.bfloat16()).dtype == torch.float32
+
+
+def test_errors_name_the_value() -> None:
+    with pytest.raises(ValueError, match="temperature must be above 0, got -1"):
+        info_nce(QUERIES, POSITIVES, -1)
+    with pytest.raises(ValueError, match="got 2 passages for 3 queries"):
+        info_nce(QUERIES, POSITIVES[:2])
+    with pytest.raises(ValueError, match="query_to_passage"):
+        multiple_negatives_ranking(QUERIES, POSITIVES, directions=("query_to_query",))
