@@ -1,0 +1,1 @@
+"""Word and vector search, mining, fusion, runs on disk, and metrics."""
