@@ -42,7 +42,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
 
 
 def finish(embeddings: Tensor, dimensions: int | None, normalize: bool) -> Tensor:
-    """Keep the first ``dimensions`` values (matryoshka), then scale each row to length 1; float32 ``(B, dimensions)``."""
+    """Keep the first ``dimensions`` values (matryoshka), then scale rows to length 1; float32 ``(B, dimensions)``."""
     embeddings = embeddings.float()
     if dimensions is not None:
         embeddings = embeddings[:, :dimensions]

@@ -1,0 +1,233 @@
+"""Backbones by hub id, local folder or preset: precision, attention, adapters, quantisation, checkpointing."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lit_core.errors import InputError
+from lit_core.presets import PRESETS, is_preset, preset_config, preset_tokenizer
+
+DType = Literal["float32", "bfloat16", "float16", "auto"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
+Quantization = Literal["int8", "nf4"]
+Task = Literal["encoder", "causal_lm"]
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters (peft).
+
+    Args:
+        r: Rank; 0 trains the whole backbone without an adapter.
+        alpha: The update is scaled by ``alpha / r``.
+        dropout: Dropout probability before the adapter.
+        targets: Names of the linear layers that get an adapter, matched at the end of the module's path; empty takes
+            every linear layer but the language-model head.
+        dora: Weight-decomposed adapters (DoRA).
+    """
+
+    r: int = 0
+    alpha: float = 64
+    dropout: float = 0.1
+    targets: list[str] = field(default_factory=list)
+    dora: bool = False
+
+
+@dataclass
+class BackboneConfig:
+    """How a backbone is loaded.
+
+    Args:
+        dtype: Dtype of the weights; ``auto`` takes that of the checkpoint.
+        attention: Attention implementation of transformers.
+        quantization: Load the linear layers in 8 or 4 bits (bitsandbytes); then only adapters can be trained.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        trust_remote_code: Run model code that comes with a hub repository.
+        seed: Seed of the random weights of a preset.
+    """
+
+    dtype: DType = "float32"
+    attention: Attention = "sdpa"
+    quantization: Quantization | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+def load_tokenizer(backbone: str, trust_remote_code: bool = False) -> Any:
+    """Tokenizer of a backbone, a fast one, with a padding token and padding on the right.
+
+    Raises:
+        InputError: The backbone is unknown, or its tokenizer has no fast form or no token that could pad.
+    """
+    if is_preset(backbone):
+        return preset_tokenizer(backbone)
+    from transformers import AutoTokenizer
+
+    source = _adapter_base(backbone) or backbone
+    tokenizer = _load(lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code), backbone)
+    if not tokenizer.is_fast:
+        raise InputError(f"backbone '{backbone}' has no fast tokenizer (tokenizer.json); convert it first")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"the tokenizer of backbone '{backbone}' has neither a pad nor an eos token")
+        tokenizer.pad_token = tokenizer.eos_token  # attention masks are explicit and ends are found by position
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_backbone(
+    backbone: str, task: Task = "encoder", config: BackboneConfig | None = None, lora: Lora | None = None
+) -> nn.Module:
+    """Build a backbone.
+
+    Args:
+        backbone: Preset name, local folder (of a model, or of a peft adapter, which is merged), or hub id.
+        task: ``encoder`` gives token states, ``causal_lm`` also a language-model head.
+        config: How to load.
+        lora: Adapters to add; rank 0 or None adds none.
+
+    Returns:
+        A transformers model, or a peft model around it.
+
+    Raises:
+        InputError: Unknown backbone, a target that matches no module, or a quantisation that is not possible.
+    """
+    config = config or BackboneConfig()
+    model = _preset(backbone, task, config) if is_preset(backbone) else _pretrained(backbone, task, config)
+    if config.gradient_checkpointing:
+        if config.quantization is None:
+            model.enable_input_require_grads()  # frozen embeddings would cut the recomputed graph
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return add_adapter(model, lora, task) if lora is not None and lora.r > 0 else model
+
+
+def add_adapter(model: Any, lora: Lora, task: Task) -> nn.Module:
+    """Wrap a model with adapters.
+
+    Raises:
+        InputError: A target matches no linear layer; the error names those there are.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+    names = [name for name, _ in model.named_modules()]
+    for target in lora.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise InputError(f"LoRA target '{target}' matches no module; this backbone has {', '.join(linear)}")
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets or "all-linear",
+        use_dora=lora.dora,
+        task_type={"encoder": "FEATURE_EXTRACTION", "causal_lm": "CAUSAL_LM"}[task],
+    )
+    return get_peft_model(model, settings, autocast_adapter_dtype=False)
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside a peft model (its adapters stay injected), or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def text_model(model: nn.Module) -> Any:
+    """The part of a transformers model that gives token states, without its head."""
+    model = unwrap(model)
+    return getattr(model, model.base_model_prefix, model)
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers, outermost list first: the unit of sharding and of activation checkpointing."""
+    lists = [module for module in text_model(model).modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)  # bitsandbytes' layers derive from it
+
+
+def _model_class(task: Task) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return {"encoder": AutoModel, "causal_lm": AutoModelForCausalLM}[task]
+
+
+def _preset(backbone: str, task: Task, config: BackboneConfig) -> Any:
+    settings = preset_config(backbone)
+    with torch.random.fork_rng(devices=[]):  # the same weights in every process, whatever was drawn before
+        torch.manual_seed(config.seed)
+        try:
+            model = _model_class(task).from_config(settings, attn_implementation=config.attention)
+        except ValueError as error:
+            raise InputError(f"preset '{backbone}' cannot be built as {task}: {error}") from None
+    if config.quantization is not None:  # transformers quantises while it reads a checkpoint
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return _pretrained(folder, task, config)
+    return model if config.dtype == "auto" else model.to(getattr(torch, config.dtype))
+
+
+def _pretrained(backbone: str, task: Task, config: BackboneConfig) -> Any:
+    base = _adapter_base(backbone)
+    kwargs: dict[str, Any] = {
+        "dtype": config.dtype,
+        "attn_implementation": config.attention,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.quantization is not None:
+        kwargs["quantization_config"] = _quantization(config)
+    model = _load(lambda: _model_class(task).from_pretrained(base or backbone, **kwargs), backbone)
+    if config.quantization is not None:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
+    if base is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, backbone).merge_and_unload()
+    return model
+
+
+def _quantization(config: BackboneConfig) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _adapter_base(backbone: str) -> str | None:
+    """Base model of a folder that holds only a peft adapter."""
+    folder = Path(backbone)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return None
+
+
+def _load(build: Callable[[], Any], backbone: str) -> Any:
+    if Path(backbone).is_dir() and not any((Path(backbone) / f"{n}config.json").is_file() for n in ("", "adapter_")):
+        raise InputError("this folder holds no model: config.json is missing", backbone)
+    try:
+        return build()
+    except (OSError, ValueError) as error:  # transformers raises both for what it cannot find or read
+        reason = str(error).strip().split("\n")[0]
+        presets = ", ".join(PRESETS)
+        raise InputError(
+            f"backbone '{backbone}' is none of the presets ({presets}), no model folder, and cannot be read from the "
+            f"hub: {reason}"
+        ) from None

@@ -1,0 +1,304 @@
+"""Texts to vectors: prompts, tokens, backbone, pooling, matryoshka truncation, normalisation."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_core.backbones import BackboneConfig, Lora, load_backbone, load_tokenizer, text_model
+from lit_core.errors import InputError
+from lit_core.files import read_json
+from lit_core.progress import track
+from lit_core.sharding import maximum
+from lit_embed.functional.pooling import Pooling, finish, pool
+from lit_embed.modules.tokens import Tokens, plan_chunks
+
+Kind = Literal["query", "passage"]
+DEFAULT_LENGTH = 512  # tokens, where neither the user, the folder nor the tokenizer says less
+CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 2048, 32768
+
+
+@dataclass
+class EncoderConfig:
+    """How texts become vectors. What is left at None comes from a sentence-transformers folder, if the backbone is one.
+
+    Args:
+        pooling: ``mean``, ``cls``, ``last`` token, or ``eos`` (the tokenizer is made to append the end token); by
+            default ``eos`` for decoders and ``mean`` for bidirectional backbones.
+        normalize: Scale vectors to length 1; by default yes.
+        dimensions: Keep the first values of each vector (matryoshka); by default all.
+        query_prompt: Text put before each query.
+        passage_prompt: Text put before each passage.
+        suffix: Text put after every text, before the end token; never truncated.
+        query_length: Most tokens of a query, everything included.
+        passage_length: Most tokens of a passage, everything included.
+        chunk_tokens: Padded tokens a forward pass takes at once; by default 2,048 on a CPU and 32,768 on a GPU.
+    """
+
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    dimensions: int | None = None
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+    suffix: str = ""
+    query_length: int | None = None
+    passage_length: int | None = None
+    chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dimensions", "query_length", "passage_length", "chunk_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+
+
+class Encoder(nn.Module):
+    """A bi-encoder's one tower.
+
+    The tokenizer's post-processor is rewritten so that the suffix and the end token are its own: truncation then keeps
+    them, and an exported folder gives the same tokens in sentence-transformers and in plain transformers.
+
+    Args:
+        model: A transformers (or peft) model that gives token states.
+        tokenizer: Its fast tokenizer.
+        config: Settings, with nothing left open (see :func:`build_encoder`).
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, config: EncoderConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.tokenizer = end_with(tokenizer, config.suffix, config.pooling == "eos")
+        self.causal = is_causal(model)
+        self.equal_chunks = False  # sharded models: every rank must run the same number of forward passes
+        room = self.tokenizer.num_special_tokens_to_add(pair=False)
+        for kind, length in (("query", config.query_length), ("passage", config.passage_length)):
+            if length is not None and length <= room:
+                raise InputError(f"{kind}_length must exceed the {room} tokens of suffix and end, got {length}")
+
+    @property
+    def embedding_dimension(self) -> int:
+        """Width of the vectors."""
+        return self.config.dimensions or text_model(self.model).config.hidden_size
+
+    def tokenize(self, texts: Sequence[str], kind: Kind) -> Tokens:
+        """Token ids of texts with prompt, suffix and end token, truncated before the suffix."""
+        prompt, length = {
+            "query": (self.config.query_prompt, self.config.query_length),
+            "passage": (self.config.passage_prompt, self.config.passage_length),
+        }[kind]
+        if len(texts) == 0:
+            return Tokens.from_lists([])
+        wrapped = [prompt + text for text in texts] if prompt else list(texts)
+        rows = self.tokenizer(wrapped, truncation=True, max_length=length, return_attention_mask=False)["input_ids"]
+        return Tokens.from_lists(rows)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Vectors ``(N, D)``, float32, in the order of the texts; the backbone runs over length-sorted chunks."""
+        chunks, idle = self.plan(tokens)
+        vectors = self.in_order([self.encode_chunk(tokens, rows) for rows in chunks], chunks)
+        for rows in idle:
+            vectors = vectors + self.encode_chunk(tokens, rows).sum() * 0
+        return vectors
+
+    def plan(self, tokens: Tokens) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows of each forward pass, and idle passes of weight zero.
+
+        Idle passes exist for sharded models alone, whose ranks gather weights in step: a rank with fewer texts than
+        another has chunks repeats its shortest text.
+        """
+        budget = self.config.chunk_tokens or (CPU_CHUNK_TOKENS if tokens.ids.device.type == "cpu" else GPU_CHUNK_TOKENS)
+        chunks = plan_chunks(tokens.lengths, budget)
+        if not self.equal_chunks:
+            return chunks, []
+        wanted = maximum(len(chunks), tokens.ids.device)
+        chunks = plan_chunks(tokens.lengths, budget, wanted)
+        return chunks, [chunks[-1][-1:]] * (wanted - len(chunks))
+
+    @staticmethod
+    def in_order(parts: list[Tensor], chunks: list[list[int]]) -> Tensor:
+        """The chunks' vectors in the order of the texts."""
+        stacked = torch.cat(parts)
+        order = torch.tensor([row for rows in chunks for row in rows], device=stacked.device)
+        return torch.empty_like(stacked).index_copy(0, order, stacked)
+
+    def encode_chunk(self, tokens: Tokens, rows: Sequence[int]) -> Tensor:
+        """Vectors of some of the texts in one padded forward pass."""
+        return self.encode_padded(*tokens.pad(rows, self.tokenizer.pad_token_id))
+
+    def encode_padded(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Vectors of a padded batch.
+
+        Args:
+            input_ids: Long ``(B, L)``.
+            attention_mask: ``(B, L)``, 1 = token; padding may stand on either side.
+
+        Returns:
+            Float32 ``(B, D)``; the same whatever else is in the batch.
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self._left_padded(attention_mask):
+            inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        elif self.causal:  # no token sees the padding behind it: the faster kernels without a mask are exact
+            del inputs["attention_mask"]
+        if self.causal:
+            inputs["use_cache"] = False
+        hidden = self.model(**inputs).last_hidden_state
+        assert self.config.pooling is not None and self.config.normalize is not None  # resolved by build_encoder
+        return finish(pool(hidden, attention_mask, self.config.pooling), self.config.dimensions, self.config.normalize)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], kind: Kind, block: int = 2048, progress: bool = True) -> Tensor:
+        """Vectors of any number of texts, in evaluation mode; equal texts are encoded once.
+
+        Args:
+            texts: The texts.
+            kind: Chooses prompt and length.
+            block: Texts tokenised at a time; bounds the memory.
+            progress: Show a bar once this has taken two seconds.
+
+        Returns:
+            Float32 ``(N, D)`` on the CPU.
+        """
+        distinct = sorted(set(texts), key=len, reverse=True)  # neighbours of like length make tight chunks
+        device = next(self.model.parameters()).device
+        training = self.training
+        self.eval()
+        parts = []
+        blocks = range(0, len(distinct), block)
+        for start in track(blocks, f"encoding {kind}s", unit="block") if progress else blocks:
+            parts.append(self(self.tokenize(distinct[start : start + block], kind).to(device)).cpu())
+        self.train(training)
+        if not parts:
+            return torch.empty(0, self.embedding_dimension)
+        place = {text: row for row, text in enumerate(distinct)}
+        return torch.cat(parts)[torch.tensor([place[text] for text in texts])]
+
+    def _left_padded(self, attention_mask: Tensor) -> bool:
+        return self.tokenizer.padding_side == "left" and bool((attention_mask[:, 0] == 0).any())
+
+
+def build_encoder(
+    backbone: str,
+    config: EncoderConfig | None = None,
+    loading: BackboneConfig | None = None,
+    lora: Lora | None = None,
+    model: nn.Module | None = None,
+) -> Encoder:
+    """Load a backbone and its tokenizer and settle what the configuration leaves open.
+
+    Args:
+        backbone: Preset, local folder (also one of sentence-transformers), or hub id.
+        config: Settings of the encoder.
+        loading: Precision, attention, quantisation.
+        lora: Adapters to add.
+        model: An already loaded model of that backbone, whose token states are used.
+
+    Raises:
+        InputError: What :func:`lit_core.backbones.load_backbone` raises, or a setting that does not fit.
+    """
+    loading = loading or BackboneConfig()
+    tokenizer = load_tokenizer(backbone, loading.trust_remote_code)
+    model = load_backbone(backbone, "encoder", loading, lora) if model is None else model
+    settled = _settle(config or EncoderConfig(), backbone, tokenizer, is_causal(model))
+    width = text_model(model).config.hidden_size
+    if settled.dimensions is not None and settled.dimensions > width:
+        raise InputError(f"dimensions must be at most the backbone's width {width}, got {settled.dimensions}")
+    return Encoder(model, tokenizer, settled)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether tokens see only what stands before them, read off the attention layers."""
+    flags = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    return bool(flags) and all(flags)
+
+
+def end_with(tokenizer: Any, suffix: str, eos: bool) -> Any:
+    """A copy of a fast tokenizer whose post-processor also appends a suffix and the end token.
+
+    Raises:
+        InputError: An end token is wanted and the tokenizer has none.
+    """
+    if eos and tokenizer.eos_token_id is None:
+        raise InputError("eos pooling needs a tokenizer with an eos token; choose --model.encoder.pooling last or mean")
+    body = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    at = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
+    before, after = whole[:at], whole[at + len(body) :]
+    ends = eos and tokenizer.eos_token_id in after[-1:]
+    tail = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
+    if not tail and (ends or not eos):
+        return tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    after = tail + after + ([tokenizer.eos_token_id] if eos and not ends else [])
+    pieces = {f"<piece{number}>": token for number, token in enumerate(before + after)}
+    names = list(pieces)
+    template = " ".join([*names[: len(before)], "$A", *names[len(before) :]])
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template,
+        special_tokens=[
+            {"id": name, "ids": [token], "tokens": [tokenizer.convert_ids_to_tokens(token)]}
+            for name, token in pieces.items()
+        ],
+    )
+    return tokenizer
+
+
+def _settle(config: EncoderConfig, backbone: str, tokenizer: Any, causal: bool) -> EncoderConfig:
+    found = _sentence_transformers_settings(Path(backbone))
+    length = found.get("length") or min(tokenizer.model_max_length, DEFAULT_LENGTH)
+
+    def first(*values: Any) -> Any:
+        return next(value for value in values if value is not None)
+
+    return replace(
+        config,
+        pooling=first(config.pooling, found.get("pooling"), "eos" if causal else "mean"),
+        normalize=first(config.normalize, found.get("normalize"), True),
+        dimensions=config.dimensions,
+        query_prompt=first(config.query_prompt, found.get("query_prompt"), ""),
+        passage_prompt=first(config.passage_prompt, found.get("passage_prompt"), ""),
+        query_length=first(config.query_length, length),
+        passage_length=first(config.passage_length, length),
+    )
+
+
+def _sentence_transformers_settings(folder: Path) -> dict[str, Any]:
+    """Pooling, normalisation, prompts and length of a sentence-transformers folder; empty for any other backbone."""
+    if not (folder / "modules.json").is_file():
+        return {}
+    settings: dict[str, Any] = {"normalize": False}
+    for module in read_json(folder / "modules.json"):
+        name = module["type"].rpartition(".")[2]
+        path = folder / module["path"]
+        if name == "Pooling":
+            settings["pooling"] = _pooling_name(read_json(path / "config.json"), path)
+        elif name == "Normalize":
+            settings["normalize"] = True
+        elif name != "Transformer":
+            raise InputError(f"sentence-transformers module '{name}' cannot be trained here", folder / "modules.json")
+    if (folder / "sentence_bert_config.json").is_file():
+        settings["length"] = read_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    if (folder / "config_sentence_transformers.json").is_file():
+        prompts = read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+        settings["query_prompt"] = prompts.get("query")
+        settings["passage_prompt"] = prompts.get("document", prompts.get("passage"))
+    return settings
+
+
+def _pooling_name(config: dict[str, Any], path: Path) -> Pooling:
+    names: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+    modes = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
+    if "pooling_mode" in config:
+        found = [config["pooling_mode"]]
+    else:
+        found = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    if len(found) == 1 and found[0] in names | modes:
+        return (names | modes)[found[0]]  # type: ignore[return-value]
+    raise InputError(f"pooling {' + '.join(found) or 'none'} is not available; use mean, cls or last token", path)
