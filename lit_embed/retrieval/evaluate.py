@@ -56,9 +56,8 @@ def evaluate_per_query(
                 scores = {doc_id: score for doc_id, score in scores.items() if doc_id != query_id}
             ids = [number.setdefault(doc_id, len(number)) for doc_id in rank_documents(scores)]
             ranked.append(np.array([(doc, -rank) for rank, doc in enumerate(ids)], np.float64).reshape(-1, 2))
-        values = ranx.evaluate(TypedList(judged), TypedList(ranked), list(metrics), return_mean=False)
-    if len(metrics) == 1:
-        values = {metrics[0]: values}
+        names = [*metrics, *metrics[:1]]  # ranx cannot answer for a single metric with a cut-off, so never ask for one
+        values = ranx.evaluate(TypedList(judged), TypedList(ranked), names, return_mean=False)
     return {metric: dict(zip(qrels, values[metric].tolist(), strict=True)) for metric in metrics}
 
 
