@@ -22,7 +22,7 @@ class Clock:
         period: Seconds between two writes.
     """
 
-    def __init__(self, folder: Path, period: float = 2.0) -> None:
+    def __init__(self, folder: Path, period: float = 1.0) -> None:
         self.path, self.period = folder / "elapsed.json", period
         self.before = float(read_json(self.path)["wall_s"]) if self.path.exists() else 0.0
         self.started = time.perf_counter()

@@ -19,9 +19,9 @@ class CountsTokens(Protocol):
 class Throughput(Callback):
     """Logs ``time/tokens_per_s`` and ``time/step_s`` (seconds a batch), averaged over ``log_every_n_steps`` batches.
 
-    The clock runs from the end of one batch to the end of the next, loading included; validation in between is left out.
-    Nothing waits for the device: within a window the host may run ahead by the few kernels that are queued. The numbers
-    are those of one process. ``tokens`` counts all tokens trained on and survives a restart from a checkpoint.
+    The clock runs from the end of one batch to the end of the next, loading included; validation in between is left
+    out. Nothing waits for the device: the host may run ahead of it by what is queued. The numbers are those of one
+    process. ``tokens`` counts all tokens trained on and survives a restart from a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -40,6 +40,7 @@ class Throughput(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, CountsTokens):
             raise ValueError(f"Throughput needs a method batch_tokens(batch) in {type(pl_module).__name__}")
+        self.window = max(1, int(vars(trainer)["log_every_n_steps"]))  # Lightning does not declare this attribute
         self.latest: dict[str, torch.Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,7 +54,7 @@ class Throughput(Callback):
         self.tokens += tokens
         self.window_tokens += tokens
         self.window_batches += 1
-        if self.window_batches >= trainer.log_every_n_steps > 0:
+        if self.window_batches >= self.window:
             seconds = time.perf_counter() - self.window_start
             values = {"time/tokens_per_s": self.window_tokens / seconds, "time/step_s": seconds / self.window_batches}
             self.latest = {name: torch.tensor(value) for name, value in values.items()}
