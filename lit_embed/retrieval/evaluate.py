@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lit_core.errors import InputError
+from lit_core.progress import track
 from lit_embed.retrieval.ranking import rank_documents
 
 METRICS = ("ndcg@10", "mrr@10", "recall@100", "map")
@@ -36,6 +37,8 @@ def evaluate_per_query(
 ) -> dict[str, dict[str, float]]:
     """Compute metrics for each query of the qrels; the rules are those of ``evaluate``.
 
+    The first call in a new environment compiles each metric, about five seconds apiece; later ones find them on disk.
+
     Returns:
         Metric name -> query id -> value, with the queries in the order of the qrels.
     """
@@ -56,9 +59,13 @@ def evaluate_per_query(
                 scores = {doc_id: score for doc_id, score in scores.items() if doc_id != query_id}
             ids = [number.setdefault(doc_id, len(number)) for doc_id in rank_documents(scores)]
             ranked.append(np.array([(doc, -rank) for rank, doc in enumerate(ids)], np.float64).reshape(-1, 2))
-        names = [*metrics, *metrics[:1]]  # ranx cannot answer for a single metric with a cut-off, so never ask for one
-        values = ranx.evaluate(TypedList(judged), TypedList(ranked), names, return_mean=False)
-    return {metric: dict(zip(qrels, values[metric].tolist(), strict=True)) for metric in metrics}
+        judged_list, ranked_list = TypedList(judged), TypedList(ranked)
+        values = {}
+        for metric in track(metrics, "metrics (compiled on first use)", len(metrics)):
+            pair = [metric, metric]  # ranx 0.3.21 cannot answer per query for a single metric with a cut-off
+            found = ranx.evaluate(judged_list, ranked_list, pair, return_mean=False)[metric]
+            values[metric] = dict(zip(qrels, found.tolist(), strict=True))
+    return values
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from lit_embed.retrieval.index import search
 from lit_embed.retrieval.metrics import RetrievalMetrics
 from lit_embed.retrieval.ranking import Qrels, Run, tie_ranks, to_run
 
-NAMES = ("ndcg@10", "mrr@10", "recall@100", "map", "hit_rate@1", "precision@5")
+NAMES = ("ndcg@10", "mrr@10", "recall@100", "map", "precision@5")
 
 
 def collection() -> tuple[Tensor, Tensor, Run, Qrels]:
