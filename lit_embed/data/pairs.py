@@ -15,6 +15,7 @@ A passage without an id gets one from its content, a query without an id likewis
 import math
 import re
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ from lit_embed.data.records import Example, Passage, content_id, merge_examples
 _LAYOUTS = "positives | pos | positive_passages | positive_document_ids | positive"
 
 
-def read_pairs(path: Path | str, corpus: Mapping[str, str] | Path | str | None = None) -> list[Example]:
+def read_pairs(
+    path: Path | str, corpus: Mapping[str, str] | Path | str | None = None, limit: int | None = None
+) -> list[Example]:
     """Read a JSONL file of pairs or triples; rows with the same query text become one example.
 
     Args:
         path: The file.
         corpus: Texts by document id, or a JSONL file of them, for rows that name documents by id. If ``None``,
             ``corpus.jsonl`` beside the file is used where it exists.
+        limit: Read this many rows at most.
 
     Raises:
         InputError: The file is missing or empty, or a row is broken; the error names the line and the field.
@@ -42,7 +46,7 @@ def read_pairs(path: Path | str, corpus: Mapping[str, str] | Path | str | None =
     if corpus is None and path.with_name("corpus.jsonl").is_file() and path.name != "corpus.jsonl":
         corpus = path.with_name("corpus.jsonl")
     reader = PairReader(path, corpus)
-    rows = track(read_jsonl(path), f"reading {path.name}", unit="row")
+    rows = track(islice(read_jsonl(path), limit), f"reading {path.name}", unit="row")
     examples = merge_examples(reader.parse(row, line) for line, row in rows)
     if not examples:
         raise InputError("the file has no rows", path)
