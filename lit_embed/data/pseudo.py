@@ -1,9 +1,10 @@
 """Training pairs without judgements: a document's own title or first sentence asks for the rest of it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
+from lit_core.progress import track
 from lit_embed.data.beir import Document
 from lit_embed.data.records import Collection, Example, Passage, merge_examples
 
@@ -20,12 +21,12 @@ def title_pairs(documents: Mapping[str, Document]) -> list[Example]:
     positive keeps the document's id, so that false negatives can be masked; documents that share a title are positives
     of one query.
     """
-    return _pairs("title", {i: (d.title, _without_title(d.title, d.text)) for i, d in documents.items() if d.title})
+    return _pairs("title", documents, lambda document: (document.title, _without_title(document.title, document.text)))
 
 
 def sentence_pairs(documents: Mapping[str, Document]) -> list[Example]:
     """Pair the first sentence of each text with the rest, for documents without titles; limits as ``title_pairs``."""
-    return _pairs("sentence", {i: _split_first_sentence(d.text) for i, d in documents.items()})
+    return _pairs("sentence", documents, lambda document: _split_first_sentence(document.text))
 
 
 def pseudo_pairs(documents: Mapping[str, Document], kind: Literal["title", "sentence"]) -> list[Example]:
@@ -51,9 +52,10 @@ def pseudo_collection(name: str, documents: Mapping[str, Document], held_out: li
     return Collection(name, corpus, queries, qrels)
 
 
-def _pairs(kind: str, parts: Mapping[str, tuple[str, str]]) -> list[Example]:
+def _pairs(kind: str, documents: Mapping[str, Document], split: Callable[[Document], tuple[str, str]]) -> list[Example]:
     examples = []
-    for doc_id, (query, passage) in parts.items():
+    for doc_id, document in track(documents.items(), f"making {kind} pairs", len(documents), "document"):
+        query, passage = split(document)
         query, passage = " ".join(query.split()), passage.strip()
         if len(_words(query)) >= MIN_QUERY_WORDS and len(_words(passage)) >= MIN_PASSAGE_WORDS:
             examples.append(Example(f"{kind}:{doc_id}", query, (Passage(doc_id, passage),)))
