@@ -1,0 +1,1 @@
+"""Experiments: one folder each, run as ``python -m experiments.<name>``."""

@@ -46,7 +46,6 @@ class BackboneConfig:
     Args:
         dtype: Dtype of the weights; ``auto`` takes that of the checkpoint.
         attention: Attention implementation of transformers.
-        quantization: Load the linear layers in 8 or 4 bits (bitsandbytes); then only adapters can be trained.
         gradient_checkpointing: Recompute activations in the backward pass.
         trust_remote_code: Run model code that comes with a hub repository.
         seed: Seed of the random weights of a preset.
@@ -54,7 +53,6 @@ class BackboneConfig:
 
     dtype: DType = "float32"
     attention: Attention = "sdpa"
-    quantization: Quantization | None = None
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     seed: int = 0
@@ -83,7 +81,11 @@ def load_tokenizer(backbone: str, trust_remote_code: bool = False) -> Any:
 
 
 def load_backbone(
-    backbone: str, task: Task = "encoder", config: BackboneConfig | None = None, lora: Lora | None = None
+    backbone: str,
+    task: Task = "encoder",
+    config: BackboneConfig | None = None,
+    lora: Lora | None = None,
+    quantization: Quantization | None = None,
 ) -> nn.Module:
     """Build a backbone.
 
@@ -92,6 +94,7 @@ def load_backbone(
         task: ``encoder`` gives token states, ``causal_lm`` also a language-model head.
         config: How to load.
         lora: Adapters to add; rank 0 or None adds none.
+        quantization: Load the linear layers in 8 or 4 bits (bitsandbytes); then only adapters can be trained.
 
     Returns:
         A transformers model, or a peft model around it.
@@ -100,9 +103,10 @@ def load_backbone(
         InputError: Unknown backbone, a target that matches no module, or a quantisation that is not possible.
     """
     config = config or BackboneConfig()
-    model = _preset(backbone, task, config) if is_preset(backbone) else _pretrained(backbone, task, config)
+    build = _preset if is_preset(backbone) else _pretrained
+    model = build(backbone, task, config, quantization)
     if config.gradient_checkpointing:
-        if config.quantization is None:
+        if quantization is None:
             model.enable_input_require_grads()  # frozen embeddings would cut the recomputed graph
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return add_adapter(model, lora, task) if lora is not None and lora.r > 0 else model
@@ -161,7 +165,7 @@ def _model_class(task: Task) -> Any:
     return {"encoder": AutoModel, "causal_lm": AutoModelForCausalLM}[task]
 
 
-def _preset(backbone: str, task: Task, config: BackboneConfig) -> Any:
+def _preset(backbone: str, task: Task, config: BackboneConfig, quantization: Quantization | None) -> Any:
     settings = preset_config(backbone)
     with torch.random.fork_rng(devices=[]):  # the same weights in every process, whatever was drawn before
         torch.manual_seed(config.seed)
@@ -169,24 +173,24 @@ def _preset(backbone: str, task: Task, config: BackboneConfig) -> Any:
             model = _model_class(task).from_config(settings, attn_implementation=config.attention)
         except ValueError as error:
             raise InputError(f"preset '{backbone}' cannot be built as {task}: {error}") from None
-    if config.quantization is not None:  # transformers quantises while it reads a checkpoint
+    if quantization is not None:  # transformers quantises while it reads a checkpoint
         with TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            return _pretrained(folder, task, config)
+            return _pretrained(folder, task, config, quantization)
     return model if config.dtype == "auto" else model.to(getattr(torch, config.dtype))
 
 
-def _pretrained(backbone: str, task: Task, config: BackboneConfig) -> Any:
+def _pretrained(backbone: str, task: Task, config: BackboneConfig, quantization: Quantization | None) -> Any:
     base = _adapter_base(backbone)
     kwargs: dict[str, Any] = {
         "dtype": config.dtype,
         "attn_implementation": config.attention,
         "trust_remote_code": config.trust_remote_code,
     }
-    if config.quantization is not None:
-        kwargs["quantization_config"] = _quantization(config)
+    if quantization is not None:
+        kwargs["quantization_config"] = _quantization(quantization, config)
     model = _load(lambda: _model_class(task).from_pretrained(base or backbone, **kwargs), backbone)
-    if config.quantization is not None:
+    if quantization is not None:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
@@ -197,10 +201,10 @@ def _pretrained(backbone: str, task: Task, config: BackboneConfig) -> Any:
     return model
 
 
-def _quantization(config: BackboneConfig) -> Any:
+def _quantization(quantization: Quantization, config: BackboneConfig) -> Any:
     from transformers import BitsAndBytesConfig
 
-    if config.quantization == "int8":
+    if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     return BitsAndBytesConfig(

@@ -10,38 +10,38 @@ Direction = Literal["query_to_passage", "passage_to_query", "query_to_query", "p
 Hardness = Literal["in_batch", "own", "all"]
 
 
-def false_negative_mask(passage_keys: Tensor, positive_keys: Tensor, targets: Tensor) -> Tensor:
-    """Candidates that must not count as negatives because they are, by document id, positives of the query.
+def candidate_mask(
+    passage_keys: Tensor,
+    positive_keys: Tensor,
+    targets: Tensor,
+    own: Tensor | None = None,
+    own_only: Tensor | None = None,
+) -> Tensor:
+    """Candidates that take no part in a query's softmax.
+
+    Left out are, by document id: known positives of the query other than its target (false negatives), second and
+    later occurrences of a document, and, for queries of datasets that forbid in-batch negatives, everything outside
+    the query's own group. The target always stays.
 
     Args:
         passage_keys: Long ``(N,)``; equal keys mean the same document.
         positive_keys: Long ``(B, P)``, keys of all known positives of each query, padded with -1.
-        targets: Long ``(B,)``, column of each query's own positive, which is never masked.
-
-    Returns:
-        Bool ``(B, N)``, True = leave out of the softmax.
-    """
-    mask = torch.zeros(len(positive_keys), len(passage_keys), dtype=torch.bool, device=passage_keys.device)
-    for keys in positive_keys.unbind(1):  # a handful of columns; avoids a (B, N, P) tensor
-        mask |= (keys[:, None] == passage_keys[None]) & (keys >= 0)[:, None]
-    return mask.scatter_(1, targets[:, None], False)
-
-
-def own_group_mask(targets: Tensor, group_size: int, passages: int, own_only: Tensor) -> Tensor:
-    """Leave only the query's own group of passages, for queries whose dataset forbids in-batch negatives.
-
-    Args:
-        targets: Long ``(B,)``, first column of each query's group.
-        group_size: Passages a query.
-        passages: Number of candidates ``N``.
+        targets: Long ``(B,)``, column of each query's own positive.
+        own: Bool ``(B, N)``, True = the passage belongs to the query's own group.
         own_only: Bool ``(B,)``, True = this query sees its own group alone.
 
     Returns:
         Bool ``(B, N)``, True = leave out of the softmax.
     """
-    column = torch.arange(passages, device=targets.device)
-    outside = (column < targets[:, None]) | (column >= targets[:, None] + group_size)
-    return outside & own_only[:, None]
+    distinct, first = passage_keys.unique(return_inverse=True)
+    column = torch.arange(len(passage_keys), device=passage_keys.device)
+    earliest = torch.full_like(distinct, len(passage_keys)).scatter_reduce(0, first, column, "amin")
+    mask = (earliest[first] < column).expand(len(positive_keys), -1).clone()
+    for keys in positive_keys.unbind(1):  # a handful of columns; avoids a (B, N, P) tensor
+        mask |= (keys[:, None] == passage_keys[None]) & (keys >= 0)[:, None]
+    if own is not None and own_only is not None:
+        mask |= ~own & own_only[:, None]
+    return mask.scatter_(1, targets[:, None], False)
 
 
 def info_nce(

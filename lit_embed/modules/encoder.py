@@ -1,59 +1,24 @@
 """Texts to vectors: prompts, tokens, backbone, pooling, matryoshka truncation, normalisation."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_core.backbones import BackboneConfig, Lora, load_backbone, load_tokenizer, text_model
+from lit_core.backbones import BackboneConfig, Lora, Quantization, load_backbone, load_tokenizer, text_model
 from lit_core.errors import InputError
 from lit_core.files import read_json
 from lit_core.progress import track
 from lit_core.sharding import maximum
 from lit_embed.functional.pooling import Pooling, finish, pool
+from lit_embed.modules.tokenization import EncoderConfig, Kind, TextTokenizer
 from lit_embed.modules.tokens import Tokens, plan_chunks
 
-Kind = Literal["query", "passage"]
 DEFAULT_LENGTH = 512  # tokens, where neither the user, the folder nor the tokenizer says less
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 2048, 32768
-
-
-@dataclass
-class EncoderConfig:
-    """How texts become vectors. What is left at None comes from a sentence-transformers folder, if the backbone is one.
-
-    Args:
-        pooling: ``mean``, ``cls``, ``last`` token, or ``eos`` (the tokenizer is made to append the end token); by
-            default ``eos`` for decoders and ``mean`` for bidirectional backbones.
-        normalize: Scale vectors to length 1; by default yes.
-        dimensions: Keep the first values of each vector (matryoshka); by default all.
-        query_prompt: Text put before each query.
-        passage_prompt: Text put before each passage.
-        suffix: Text put after every text, before the end token; never truncated.
-        query_length: Most tokens of a query, everything included.
-        passage_length: Most tokens of a passage, everything included.
-        chunk_tokens: Padded tokens a forward pass takes at once; by default 2,048 on a CPU and 32,768 on a GPU.
-    """
-
-    pooling: Pooling | None = None
-    normalize: bool | None = None
-    dimensions: int | None = None
-    query_prompt: str | None = None
-    passage_prompt: str | None = None
-    suffix: str = ""
-    query_length: int | None = None
-    passage_length: int | None = None
-    chunk_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("dimensions", "query_length", "passage_length", "chunk_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
 
 
 class Encoder(nn.Module):
@@ -72,13 +37,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.model = model
         self.config = config
-        self.tokenizer = end_with(tokenizer, config.suffix, config.pooling == "eos")
+        self.text_tokenizer = TextTokenizer(tokenizer, config)
+        self.tokenizer = self.text_tokenizer.tokenizer
         self.causal = is_causal(model)
         self.equal_chunks = False  # sharded models: every rank must run the same number of forward passes
-        room = self.tokenizer.num_special_tokens_to_add(pair=False)
-        for kind, length in (("query", config.query_length), ("passage", config.passage_length)):
-            if length is not None and length <= room:
-                raise InputError(f"{kind}_length must exceed the {room} tokens of suffix and end, got {length}")
 
     @property
     def embedding_dimension(self) -> int:
@@ -87,15 +49,7 @@ class Encoder(nn.Module):
 
     def tokenize(self, texts: Sequence[str], kind: Kind) -> Tokens:
         """Token ids of texts with prompt, suffix and end token, truncated before the suffix."""
-        prompt, length = {
-            "query": (self.config.query_prompt, self.config.query_length),
-            "passage": (self.config.passage_prompt, self.config.passage_length),
-        }[kind]
-        if len(texts) == 0:
-            return Tokens.from_lists([])
-        wrapped = [prompt + text for text in texts] if prompt else list(texts)
-        rows = self.tokenizer(wrapped, truncation=True, max_length=length, return_attention_mask=False)["input_ids"]
-        return Tokens.from_lists(rows)
+        return self.text_tokenizer(texts, kind)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Vectors ``(N, D)``, float32, in the order of the texts; the backbone runs over length-sorted chunks."""
@@ -148,8 +102,9 @@ class Encoder(nn.Module):
         if self.causal:
             inputs["use_cache"] = False
         hidden = self.model(**inputs).last_hidden_state
-        assert self.config.pooling is not None and self.config.normalize is not None  # resolved by build_encoder
-        return finish(pool(hidden, attention_mask, self.config.pooling), self.config.dimensions, self.config.normalize)
+        config = self.config
+        assert config.pooling is not None  # build_encoder has settled it
+        return finish(pool(hidden, attention_mask, config.pooling), config.dimensions, config.normalize is not False)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], kind: Kind, block: int = 2048, progress: bool = True) -> Tensor:
@@ -187,6 +142,7 @@ def build_encoder(
     config: EncoderConfig | None = None,
     loading: BackboneConfig | None = None,
     lora: Lora | None = None,
+    quantization: Quantization | None = None,
     model: nn.Module | None = None,
 ) -> Encoder:
     """Load a backbone and its tokenizer and settle what the configuration leaves open.
@@ -194,8 +150,9 @@ def build_encoder(
     Args:
         backbone: Preset, local folder (also one of sentence-transformers), or hub id.
         config: Settings of the encoder.
-        loading: Precision, attention, quantisation.
+        loading: Precision, attention, checkpointing.
         lora: Adapters to add.
+        quantization: Load in 8 or 4 bits.
         model: An already loaded model of that backbone, whose token states are used.
 
     Raises:
@@ -203,7 +160,7 @@ def build_encoder(
     """
     loading = loading or BackboneConfig()
     tokenizer = load_tokenizer(backbone, loading.trust_remote_code)
-    model = load_backbone(backbone, "encoder", loading, lora) if model is None else model
+    model = load_backbone(backbone, "encoder", loading, lora, quantization) if model is None else model
     settled = _settle(config or EncoderConfig(), backbone, tokenizer, is_causal(model))
     width = text_model(model).config.hidden_size
     if settled.dimensions is not None and settled.dimensions > width:
@@ -215,39 +172,6 @@ def is_causal(model: nn.Module) -> bool:
     """Whether tokens see only what stands before them, read off the attention layers."""
     flags = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
     return bool(flags) and all(flags)
-
-
-def end_with(tokenizer: Any, suffix: str, eos: bool) -> Any:
-    """A copy of a fast tokenizer whose post-processor also appends a suffix and the end token.
-
-    Raises:
-        InputError: An end token is wanted and the tokenizer has none.
-    """
-    if eos and tokenizer.eos_token_id is None:
-        raise InputError("eos pooling needs a tokenizer with an eos token; choose --model.encoder.pooling last or mean")
-    body = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    at = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
-    before, after = whole[:at], whole[at + len(body) :]
-    ends = eos and tokenizer.eos_token_id in after[-1:]
-    tail = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
-    if not tail and (ends or not eos):
-        return tokenizer
-    from tokenizers.processors import TemplateProcessing
-
-    after = tail + after + ([tokenizer.eos_token_id] if eos and not ends else [])
-    pieces = {f"<piece{number}>": token for number, token in enumerate(before + after)}
-    names = list(pieces)
-    template = " ".join([*names[: len(before)], "$A", *names[len(before) :]])
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=template,
-        special_tokens=[
-            {"id": name, "ids": [token], "tokens": [tokenizer.convert_ids_to_tokens(token)]}
-            for name, token in pieces.items()
-        ],
-    )
-    return tokenizer
 
 
 def _settle(config: EncoderConfig, backbone: str, tokenizer: Any, causal: bool) -> EncoderConfig:
@@ -298,7 +222,8 @@ def _pooling_name(config: dict[str, Any], path: Path) -> Pooling:
     if "pooling_mode" in config:
         found = [config["pooling_mode"]]
     else:
-        found = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
+        prefix = "pooling_mode_"
+        found = [key.removeprefix(prefix) for key, on in config.items() if key.startswith(prefix) and on]
     if len(found) == 1 and found[0] in names | modes:
         return (names | modes)[found[0]]  # type: ignore[return-value]
     raise InputError(f"pooling {' + '.join(found) or 'none'} is not available; use mean, cls or last token", path)

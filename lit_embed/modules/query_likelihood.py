@@ -141,11 +141,24 @@ class QueryLikelihood(nn.Module):
             states = torch.cat([columns.end_hidden[document][:, None], hidden[:, :-1]], dim=1)
             weight, targets, bias = self._head(ids.flatten())
             log_probs = token_log_probs(states.flatten(0, 1), weight, targets, bias).log_probs.view(ids.shape)
-            counted = valid.bool() if keep_end else valid.bool() & valid.roll(-1, 1).bool().index_fill(
-                1, torch.tensor([ids.shape[1] - 1], device=ids.device), False
+            counted = (
+                valid.bool()
+                if keep_end
+                else valid.bool()
+                & valid.roll(-1, 1).bool().index_fill(1, torch.tensor([ids.shape[1] - 1], device=ids.device), False)
             )
             scores[torch.tensor(rows, device=scores.device)] = (log_probs * counted).sum(1)
         return scores
+
+    def tie_sharded_head(self) -> None:
+        """After the token states' model was sharded: tie the head to the sharded embeddings again.
+
+        Sharding replaces the embedding's parameter; a tied head would keep the old, unsharded one. An untied head stays
+        whole on every rank and is gathered nowhere.
+        """
+        model = unwrap(self.model)
+        if model.config.tie_word_embeddings:
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
     def _plan(self, documents: Tokens, queries: Tokens) -> list[list[int]]:
         lengths = [d + q for d, q in zip(documents.lengths, queries.lengths, strict=True)]
@@ -253,7 +266,7 @@ def _pick_labels(
     end: Tensor,
     scope: LossScope,
 ) -> tuple[Tensor, Tensor]:
-    """Predicting states and labels, pair by pair: (document rows,) the end token for the first query token, the rest."""
+    """Predicting states and labels, pair by pair; the end token's state predicts the first query token."""
     rows = torch.arange(len(end), device=end.device)
     states = torch.cat([document_hidden[rows, end][:, None], query_hidden[:, :-1]], dim=1)
     labels, keep = query_ids, query_valid.bool()

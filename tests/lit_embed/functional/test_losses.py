@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 from lit_embed.functional.losses import (
-    false_negative_mask,
+    candidate_mask,
     info_nce,
     multiple_negatives_ranking,
-    own_group_mask,
     per_query_info_nce,
     symmetric_info_nce,
 )
@@ -91,21 +90,25 @@ def test_info_nce_equals_a_literal_loop() -> None:
         close(info_nce(queries, passages, 0.1, targets, mask), total / batch)
 
 
-def test_masks_leave_out_known_positives_and_foreign_groups() -> None:
+def test_candidate_mask_by_hand() -> None:
     targets = torch.tensor([0, 2])
-    keys = torch.tensor([7, 8, 9, 7])  # the last passage is query 0's positive under another row
-    mask = false_negative_mask(keys, torch.tensor([[7, 5], [9, -1]]), targets)
-    assert mask.tolist() == [[False, False, False, True], [False, False, False, False]]
-    own = own_group_mask(targets, 2, 4, torch.tensor([True, False]))
-    assert own.tolist() == [[False, False, True, True], [False, False, False, False]]
+    keys = torch.tensor([7, 8, 9, 7, 8])  # documents 7 and 8 stand twice
+    positives = torch.tensor([[7, 5], [9, -1]])
+    mask = candidate_mask(keys, positives, targets)
+    assert mask.int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]
+    mask = candidate_mask(torch.tensor([8, 7, 9]), torch.tensor([[7, 9]]), torch.tensor([1]))
+    assert mask.int().tolist() == [[0, 0, 1]]  # a second positive is no negative
+    own = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]).bool()
+    mask = candidate_mask(keys, positives, targets, own, torch.tensor([True, False]))
+    assert mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]
 
 
 def test_masked_duplicate_takes_no_part_in_loss_or_gradient() -> None:
     passages = torch.cat([POSITIVES, POSITIVES[:1]]).requires_grad_()
-    mask = false_negative_mask(torch.tensor([1, 2, 3, 1]), torch.tensor([[1], [2], [3]]), torch.arange(3))
+    mask = candidate_mask(torch.tensor([1, 2, 3, 1]), torch.tensor([[1], [2], [3]]), torch.arange(3))
     losses = per_query_info_nce(QUERIES, passages, 0.05, mask=mask)
-    torch.testing.assert_close(losses[0], per_query_info_nce(QUERIES, POSITIVES, 0.05)[0])
-    (gradient,) = torch.autograd.grad(losses[0], passages)
+    torch.testing.assert_close(losses, per_query_info_nce(QUERIES, POSITIVES, 0.05))
+    (gradient,) = torch.autograd.grad(losses.sum(), passages)
     assert gradient[3].abs().max() == 0
     assert gradient[1].abs().max() > 0
 

@@ -1,0 +1,121 @@
+"""What LLM-QL is compared with.
+
+Every arm of a seed starts from one language model, trained on unpaired texts, and sees the same pairs in the same
+order. ``contrastive_equal`` takes as many steps as both stages of LLM-QL together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.retrieval import exported, finish, test_stage, word_arm
+from lit_core.cli import Spec
+from lit_core.reproduce import Arm, ArmContext, Claim, Experiment, write_results
+from lit_core.stages import Setting
+from lit_embed.retrieval.bm25 import BM25
+from lit_embed.retrieval.word_ql import WordQueryLikelihood
+
+QL, CONTRASTIVE = "query_likelihood", "contrastive"
+NO_STOP, NO_CORRUPTION = "--model.attention_stop=false", "--model.corruption=0.0"
+PRIOR = Spec(
+    name="prior",
+    summary="Causal language model on unpaired texts.",
+    folder=Path(__file__).parent / "prior",
+    method="lit_embed.methods.causal_lm:CausalLM",
+    data="lit_embed.data.text_datamodule:TextDataModule",
+    arms="",
+)
+
+
+def build(setting: Setting) -> Experiment:
+    """The arms and claims at a scale."""
+    needs = ("prior",) if setting.scale != "paper" else ()
+
+    def two_stages(name: str, title: str, flags: Sequence[str], main: bool = False) -> Arm:
+        return Arm(name, title, lambda context: _two_stages(setting, context, flags), main=main, needs=needs)
+
+    arms = (
+        Arm("prior", "language model", lambda context: _prior(setting, context), main=False, hidden=True),
+        word_arm(setting, "bm25", "BM25", BM25, main=True),
+        word_arm(setting, "ql_dirichlet", "word QL, Dirichlet", WordQueryLikelihood, main=False),
+        word_arm(
+            setting,
+            "ql_jelinek_mercer",
+            "word QL, Jelinek-Mercer",
+            lambda corpus: WordQueryLikelihood(corpus, "jelinek_mercer"),
+            main=False,
+        ),
+        Arm("contrastive", "contrastive alone", lambda c: _contrastive(setting, c, False), main=False, needs=needs),
+        Arm("contrastive_equal", "contrastive, equal compute", lambda c: _contrastive(setting, c, True), needs=needs),
+        two_stages("llm_ql", "LLM-QL", [], main=True),
+        two_stages("no_stop", "LLM-QL without attention stop", [NO_STOP]),
+        two_stages("no_corruption", "LLM-QL without corruption", [NO_CORRUPTION]),
+        two_stages("corruption_60", "LLM-QL, 60 % hidden", ["--model.corruption=0.6"]),
+        two_stages(
+            "language_model",
+            "plain LM on document and query",
+            [NO_STOP, NO_CORRUPTION, "--model.loss_scope=document_and_query"],
+        ),
+        Arm("rerank", "QL re-ranking of BM25", lambda c: _rerank(setting, c), main=False, needs=("llm_ql",)),
+    )
+    metric = "ndcg@10"
+    claims = (
+        Claim("The QL stage beats as many further contrastive steps", metric, "llm_ql", "contrastive_equal"),
+        Claim("LLM-QL beats BM25", metric, "llm_ql", "bm25"),
+        Claim("The QL stage helps the same contrastive stage", metric, "llm_ql", "contrastive"),
+        Claim("Attention stop helps the retriever", metric, "llm_ql", "no_stop"),
+        Claim("Input corruption helps the retriever", metric, "llm_ql", "no_corruption"),
+        Claim("LLM-QL beats plain language modelling of the pairs", metric, "llm_ql", "language_model"),
+        Claim("QL re-ranking beats its first stage", metric, "rerank", "bm25"),
+        Claim("QL re-ranking beats word-based QL", metric, "rerank", "ql_dirichlet"),
+    )
+    return Experiment("llm_ql", arms, claims, ("ndcg@10", "mrr@10", "recall@100", "ql_gap"), setting.fingerprint())
+
+
+def _prior(setting: Setting, context: ArmContext) -> None:
+    flags = [flag for flag in setting.flags if flag.startswith("--model.backbone")]
+    cli = replace(setting, flags=()).fit(context.folder / "fit", context.seed, flags, spec=PRIOR)
+    exported(cli, context.folder / "export")
+    loss = float(cli.trainer.callback_metrics.get("val/loss", torch.tensor(0.0)))
+    cost = {"tokens": float(cli.throughput.tokens), "steps": float(cli.trainer.global_step)}
+    write_results(context.folder, {"val/loss": loss}, cost=cost)
+
+
+def _contrastive(setting: Setting, context: ArmContext, equal: bool) -> None:
+    flags = _start(context)
+    if equal:
+        steps = sum(setting.value(stage, "trainer.max_steps") for stage in (QL, CONTRASTIVE))
+        flags.append(f"--trainer.max_steps={steps}")
+    cli = setting.fit(context.folder / CONTRASTIVE, context.seed, flags, CONTRASTIVE)
+    test_stage(context, cli)
+
+
+def _two_stages(setting: Setting, context: ArmContext, flags: Sequence[str]) -> None:
+    first = context.folder / QL
+    cli = setting.fit(first, context.seed, [*_start(context), *flags], QL)
+    gap = {"ql_gap": _gap(cli)}
+    backbone = exported(cli, first / "export")
+    tokens, steps = cli.throughput.tokens, cli.trainer.global_step
+    second = setting.fit(context.folder / CONTRASTIVE, context.seed, [f"--model.backbone={backbone}"], CONTRASTIVE)
+    test_stage(context, second, gap, tokens=tokens, steps=steps)
+
+
+def _gap(cli: Any) -> float:
+    """Nats a token by which the true document tells more of its query than another one, after the last step."""
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    return float(cli.trainer.callback_metrics["val/ql_gap"])
+
+
+def _rerank(setting: Setting, context: ArmContext) -> None:
+    checkpoint = context.of("llm_ql") / QL / "last.ckpt"
+    cli = setting.test(context.folder / QL, context.seed, checkpoint, QL)
+    runs: Any = cli.model
+    (found,) = [run for name, run in runs.runs.items() if name.startswith("QL")]
+    finish(context, found, cli.datamodule.collection("test").qrels)
+
+
+def _start(context: ArmContext) -> list[str]:
+    return [f"--model.backbone={context.of('prior') / 'export'}"] if "prior" in context.needed else []

@@ -1,0 +1,80 @@
+"""Arms that several retrieval experiments share: word rankers, and a trained stage turned into results."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from shutil import copyfile
+from typing import Any, Protocol
+
+from lit_core.reproduce import Arm, ArmContext, write_results
+from lit_core.stages import ExperimentCLI, Setting
+from lit_embed.methods.retriever import METRICS
+from lit_embed.retrieval.evaluate import evaluate_per_query
+from lit_embed.retrieval.ranking import Run
+from lit_embed.retrieval.trec import write_run
+
+
+class Ranker(Protocol):
+    """A ranker of words."""
+
+    def search(self, queries: Mapping[str, str], top_k: int = 100) -> Run:
+        """Best documents of every query."""
+        ...
+
+
+def word_arm(setting: Setting, name: str, title: str, build: Callable[[dict[str, str]], Ranker], main: bool) -> Arm:
+    """An arm that trains nothing and ranks by words."""
+
+    def run(context: ArmContext) -> None:
+        collection = setting.collection(context.folder, context.seed)
+        found = build(collection.corpus).search(collection.queries, 1000)
+        finish(context, found, collection.qrels)
+
+    return Arm(name, title, run, main=main, seeded=False)
+
+
+def test_stage(
+    context: ArmContext,
+    cli: ExperimentCLI,
+    extra: Mapping[str, float] | None = None,
+    tokens: float = 0,
+    steps: float = 0,
+) -> None:
+    """Rank the test queries by a fitted retriever and write the arm's results and curves.
+
+    Args:
+        context: The arm.
+        cli: Its last fit.
+        extra: Further metrics.
+        tokens: Tokens of earlier fits.
+        steps: Optimizer steps of earlier fits.
+    """
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    module: Any = cli.model
+    curves = cli.folder / "curves.json"
+    if curves.exists():
+        copyfile(curves, context.folder / "curves.json")
+    cost = {"tokens": tokens + cli.throughput.tokens, "steps": steps + cli.trainer.global_step}
+    qrels = cli.datamodule.collection("test").qrels
+    finish(context, module.runs[type(module).__name__], qrels, extra, cost)
+
+
+def finish(
+    context: ArmContext,
+    run: Run,
+    qrels: dict[str, dict[str, int]],
+    extra: Mapping[str, float] | None = None,
+    cost: Mapping[str, float] | None = None,
+) -> None:
+    """Evaluate a run and mark the arm as done."""
+    write_run(context.folder / "run.trec", run, tag=context.arm)
+    values = evaluate_per_query(run, qrels, METRICS)
+    means = {metric: sum(found.values()) / len(found) for metric, found in values.items()}
+    write_results(context.folder, {**means, **(extra or {})}, values, cost)
+
+
+def exported(cli: ExperimentCLI, folder: Path) -> Path:
+    """Export a fitted module once and return the folder."""
+    if not folder.exists():
+        module: Any = cli.model
+        module.export(folder)
+    return folder

@@ -1,0 +1,79 @@
+"""What every method's LightningModule shares: optimiser, schedule, clipping, checkpoints that know their method."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer
+
+from lit_core.errors import InputError
+from lit_core.optim import Schedule, build_schedule, clip_gradients, parameter_groups
+
+METHOD_KEY = "lit_method"
+
+
+class Method(LightningModule):
+    """Base of all methods.
+
+    Args:
+        optimizer: Builds the optimizer from parameter groups.
+        schedule: Learning-rate schedule over the run's optimizer steps.
+        max_grad_norm: Gradients are scaled down to this norm; None never. (The trainer's own clipping is refused under
+            manual optimisation, which some methods need.)
+    """
+
+    def __init__(self, optimizer: OptimizerCallable, schedule: Schedule, max_grad_norm: float | None) -> None:
+        super().__init__()
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise InputError(f"max_grad_norm must be above 0, got {max_grad_norm}")
+        self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
+
+    def export(self, output: Path, form: str = "merged") -> None:
+        """Write a folder that the ecosystem loads.
+
+        Args:
+            output: Folder to write.
+            form: ``merged`` weights, or the ``adapter`` alone.
+
+        Raises:
+            InputError: The method has nothing to export in this form.
+        """
+        raise InputError(f"{type(self).__name__} has nothing to export")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(parameter_groups(self))  # type: ignore[arg-type]
+        schedule = build_schedule(optimizer, self.schedule, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        norm = clip_gradients((p for group in optimizer.param_groups for p in group["params"]), self.max_grad_norm)
+        self.log("train/grad_norm", norm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the method, and leave frozen weights out: the backbone they came from still holds them."""
+        checkpoint[METHOD_KEY] = type(self).__name__
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        if frozen:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_method(checkpoint, type(self).__name__)
+        missing = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        missing -= checkpoint.get("state_dict", self.state_dict()).keys()
+        if missing:
+            raise InputError(f"the checkpoint lacks {len(missing)} trained weights, such as '{min(missing)}'")
+        self.strict_loading = False  # frozen weights are not in the file
+
+
+def check_method(checkpoint: dict[str, Any], method: str, path: Path | str | None = None) -> None:
+    """Refuse a checkpoint that another method wrote.
+
+    Raises:
+        InputError: The method that wrote it, and the one that reads it.
+    """
+    written_by = checkpoint.get(METHOD_KEY)
+    if written_by != method:
+        raise InputError(f"checkpoint was written by {written_by or 'an unknown program'}, not by {method}", path)

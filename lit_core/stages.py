@@ -1,0 +1,336 @@
+"""The verbs behind the command line: fits in stages, evaluation, export, reproduction; imports lightning."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from lit_core.callbacks.curves import CurveRecorder
+from lit_core.callbacks.step_seed import StepSeed
+from lit_core.callbacks.throughput import Throughput
+from lit_core.cli import Spec, load, take
+from lit_core.errors import InputError
+from lit_core.module import check_method
+
+FOLDER_VARIABLE = "LIT_RUN_FOLDER"  # tells processes that a strategy starts where the first one writes
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line instead of printing the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise InputError(re.sub(r"\s+", " ", str(ex or message)))
+
+
+class ExperimentCLI(LightningCLI):
+    """LightningCLI whose run writes everything into one folder.
+
+    Args:
+        spec: The experiment.
+        args: Verb and flags.
+        configs: Configuration files under the flags, the complete one first.
+        folder: Where the run writes.
+        quiet: No model summary and no device notes.
+        execute: False only parses and builds.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        args: Sequence[str],
+        configs: Sequence[Path],
+        folder: Path,
+        quiet: bool = False,
+        execute: bool = True,
+    ) -> None:
+        self.spec, self.folder, self.quiet, self.execute = spec, folder, quiet, execute
+        overlays = [part for path in configs[1:] for part in ("--config", str(path))]
+        complete = {"default_config_files": [str(path) for path in configs[:1]]}
+        program, sys.argv = sys.argv, sys.argv[:1]  # lightning warns about arguments given twice
+        try:
+            super().__init__(
+                load(spec.method),
+                load(spec.data),
+                args=[args[0], *overlays, *args[1:]],
+                parser_class=Parser,
+                parser_kwargs=dict.fromkeys(self.subcommands(), complete),
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={
+                    "use_distributed_sampler": False,  # our samplers shard by rank themselves
+                    "num_sanity_val_steps": 0,  # a part of a corpus cannot be evaluated
+                    "log_every_n_steps": 10,
+                },
+            )
+        finally:
+            sys.argv = program
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {"checkpoint.save_last": True, "checkpoint.save_top_k": 0, "checkpoint.every_n_train_steps": 100}
+        )
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse flags that a checkpoint's own hyperparameters would silently beat."""
+        flags = [arg for arg in args if arg.startswith("--model.")]
+        if flags and any(arg.startswith("--ckpt_path") for arg in args):
+            raise InputError(f"--ckpt_path brings the model's settings along: leave out {flags[0].partition('=')[0]}")
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config["subcommand"]]
+        checkpoint = settings.get("ckpt_path")
+        if checkpoint and checkpoint not in ("last", "best"):
+            check_method(read_metadata(Path(checkpoint)), load(self.spec.method).__name__, checkpoint)
+        _check_devices(settings["trainer"])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self.config_init[self.subcommand]
+        settings["checkpoint"].dirpath = str(self.folder)
+        callbacks = [StepSeed(int(settings["seed_everything"])), CurveRecorder(self.folder)]
+        callbacks += [load(path)(self.folder) for path in self.spec.callbacks]
+        if self.subcommand == "fit":
+            self.throughput = Throughput()
+            callbacks.append(self.throughput)
+        trainer = settings["trainer"]
+        if trainer["logger"] in (None, True) and not trainer["fast_dev_run"]:
+            kwargs["logger"] = TensorBoardLogger(self.folder, name="", version="tensorboard")
+            callbacks.append(LearningRateMonitor("step"))
+        if self.quiet:
+            kwargs["enable_model_summary"] = False
+        kwargs["default_root_dir"] = self.folder
+        kwargs["callbacks"] = [*(trainer["callbacks"] or []), *callbacks]
+        return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.execute:
+            super()._run_subcommand(subcommand)
+
+    def after_fit(self) -> None:
+        """Keep the last state, whatever the checkpoint interval."""
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.trainer.save_checkpoint(self.folder / "last.ckpt")
+
+
+def run_verb(spec: Spec, verb: str, args: list[str], scale: str, stage: str | None) -> None:
+    """Run a trainer verb; ``fit`` of a method in stages runs them all, each from the export of the one before."""
+    only_asks = any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args)
+    resumes = any(arg.startswith("--ckpt_path") for arg in args)
+    folder = run_folder(spec, verb, args, resumes)
+    if verb != "fit" or not spec.stages or stage is not None or only_asks or resumes:
+        stage = stage or (_stage_of_checkpoint(spec, args) if resumes else None) or (spec.stages or (None,))[-1]
+        here = folder / stage if stage and verb == "fit" else folder
+        cli = ExperimentCLI(spec, [verb, *_with_last(args, here)], spec.configs(scale, stage), here)
+        if verb == "fit":
+            _test(cli)
+        rank_zero_info(f"everything of this run is in {here}")
+        return
+    for number, name in enumerate(spec.stages):
+        rank_zero_info(f"stage {number + 1} of {len(spec.stages)}: {name}")
+        here = folder / name
+        cli = ExperimentCLI(spec, ["fit", *args], spec.configs(scale, name), here)
+        last = number + 1 == len(spec.stages)
+        if last:
+            _test(cli)
+        elif not cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_export(spec, here / "last.ckpt", here / "export", "merged")
+            cli.trainer.strategy.barrier()
+            args = [*take(args, "--model.backbone", None)[1], f"--model.backbone={here / 'export'}"]
+        del cli
+    rank_zero_info(f"everything of this run is in {folder}")
+
+
+def _test(cli: ExperimentCLI) -> None:
+    """Evaluate the final weights on the test queries."""
+    if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+
+
+def run_folder(spec: Spec, verb: str, args: Sequence[str], resumes: bool) -> Path:
+    """Folder of a run: what the user says, that of the checkpoint, or the next free one below ``runs``."""
+    if FOLDER_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
+        return Path(os.environ[FOLDER_VARIABLE])
+    chosen, _ = take(list(args), "--trainer.default_root_dir", None)
+    seed, _ = take(list(args), "--seed_everything", "0")
+    folder = Path(chosen) if chosen else Path("runs") / spec.name / verb / f"seed{seed}"
+    checkpoint, _ = take(list(args), "--ckpt_path", None)
+    if resumes and verb == "fit" and not chosen and checkpoint not in (None, "last", "best"):
+        folder = Path(str(checkpoint)).parent
+        folder = folder.parent if folder.name in spec.stages else folder
+    elif not resumes and not chosen and verb == "fit":
+        number = 2
+        while folder.exists() and any(folder.rglob("last.ckpt")):  # never over an earlier run
+            folder = folder.with_name(f"seed{seed}-{number}")
+            number += 1
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    return folder
+
+
+def _with_last(args: list[str], folder: Path) -> list[str]:
+    """``--ckpt_path last`` as the path it means, so that its hyperparameters are read."""
+    checkpoint, rest = take(args, "--ckpt_path", None)
+    if checkpoint != "last":
+        return args
+    if not (folder / "last.ckpt").exists():
+        raise InputError("there is no last.ckpt to go on from", folder)
+    return [*rest, f"--ckpt_path={folder / 'last.ckpt'}"]
+
+
+def _stage_of_checkpoint(spec: Spec, args: list[str]) -> str | None:
+    checkpoint, _ = take(args, "--ckpt_path", None)
+    if not spec.stages or checkpoint in (None, "last", "best"):
+        return None
+    stage = read_metadata(Path(str(checkpoint))).get("hyper_parameters", {}).get("stage")
+    return stage if stage in spec.stages else None
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Everything of a checkpoint but the weights' meaning: the file itself, or a sharded folder's metadata.
+
+    Raises:
+        InputError: There is no such checkpoint, or it cannot be read.
+    """
+    file = path / "meta.pt" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError("checkpoint not found" if not path.is_dir() else "this folder is no checkpoint", path)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the bytes provoke
+        raise InputError(f"not a checkpoint of this suite ({str(error).splitlines()[0]})", path) from None
+
+
+def export(spec: Spec, options: argparse.Namespace) -> None:
+    """Write the folder of a trained method, or of an untrained backbone."""
+    if (options.ckpt_path is None) == (options.backbone is None):
+        raise InputError("export needs either --ckpt_path or --backbone")
+    if options.ckpt_path is not None:
+        write_export(spec, options.ckpt_path, options.output, options.form)
+    else:
+        module = load(spec.method)(backbone=options.backbone)
+        module.configure_model()
+        module.export(options.output, options.form)
+    rank_zero_info(f"wrote {options.output}")
+
+
+@rank_zero_only
+def write_export(spec: Spec, checkpoint: Path, output: Path, form: str) -> None:
+    """Export a checkpoint; a sharded one is put together first."""
+    method = load(spec.method)
+    check_method(read_metadata(checkpoint), method.__name__, checkpoint)
+    with TemporaryDirectory() as folder:
+        if checkpoint.is_dir():
+            whole = Path(folder) / "whole.ckpt"
+            torch.save(_consolidate(checkpoint), whole)
+            checkpoint = whole
+        module = method.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    module.export(output, form)
+
+
+def _consolidate(folder: Path) -> dict[str, Any]:
+    from lightning.fabric.utilities.load import _load_distributed_checkpoint
+    from lightning.pytorch.utilities.consolidate_checkpoint import _format_checkpoint
+
+    return _format_checkpoint(_load_distributed_checkpoint(folder))
+
+
+def _check_devices(trainer: Any) -> None:
+    """Lightning would start any number of CPU processes."""
+    devices, accelerator = str(trainer["devices"]), str(trainer["accelerator"])
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    cores = os.cpu_count() or 1
+    if on_cpu and devices.isdigit() and int(devices) > cores:
+        raise InputError(f"--trainer.devices {devices}: this machine has no GPU and {cores} CPU cores")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an experiment's arms are built from.
+
+    Args:
+        spec: The experiment.
+        scale: ``smoke``, ``tiny`` or ``paper``.
+        flags: ``--model.*``, ``--data.*`` and ``--trainer.*`` for every fit.
+    """
+
+    spec: Spec
+    scale: str
+    flags: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """Text that changes with anything that the results depend on."""
+        paths = {path for stage in (None, *self.spec.stages) for path in self.spec.configs(self.scale, stage)}
+        return "\n".join([*(f"{path.name}\n{path.read_text()}" for path in sorted(paths)), *self.flags])
+
+    def fit(
+        self, folder: Path, seed: int, flags: Sequence[str] = (), stage: str | None = None, spec: Spec | None = None
+    ) -> ExperimentCLI:
+        """Fit into ``folder``, from its ``last.ckpt`` if an earlier start was cut off.
+
+        Args:
+            folder: Where the run writes.
+            seed: Seed of data order and of every draw.
+            flags: Flags of this arm; they come after the experiment's own and win.
+            stage: Stage whose configuration is used.
+            spec: Another method than the experiment's, with its own configuration.
+        """
+        spec = spec or self.spec
+        every = [*self.flags, *flags, f"--seed_everything={seed}"]
+        if (folder / "last.ckpt").exists():
+            every = [flag for flag in every if not flag.startswith("--model.")]
+            every.append(f"--ckpt_path={folder / 'last.ckpt'}")
+        return ExperimentCLI(spec, ["fit", *every], spec.configs(self.scale, stage), folder, quiet=True)
+
+    def test(self, folder: Path, seed: int, checkpoint: Path, stage: str | None = None) -> ExperimentCLI:
+        """Rank the test queries by a checkpoint."""
+        flags = [flag for flag in self.flags if not flag.startswith("--model.")]
+        args = ["test", *flags, f"--seed_everything={seed}", f"--ckpt_path={checkpoint}"]
+        return ExperimentCLI(self.spec, args, self.spec.configs(self.scale, stage), folder, quiet=True)
+
+    def collection(self, folder: Path, seed: int) -> Any:
+        """The test collection, for arms without a model."""
+        args = ["test", *self.flags, f"--seed_everything={seed}"]
+        cli = ExperimentCLI(self.spec, args, self.spec.configs(self.scale), folder, quiet=True, execute=False)
+        cli.datamodule.setup("test")
+        return cli.datamodule.collection("test")
+
+    def value(self, stage: str | None, name: str) -> Any:
+        """A value of the configuration, such as ``trainer.max_steps``."""
+        args = ["fit", *self.flags]
+        cli = ExperimentCLI(self.spec, args, self.spec.configs(self.scale, stage), Path(), quiet=True, execute=False)
+        return cli.config["fit"][name]
+
+
+def reproduce(spec: Spec, options: argparse.Namespace, flags: list[str]) -> None:
+    """Run the arms that are not done yet and write the report."""
+    from lit_core.reproduce import run_reproduce
+
+    experiment = load(spec.arms)(Setting(spec, options.scale, tuple(_joined(flags))))
+    arms = options.arms[0] if options.arms in (["main"], ["all"]) else options.arms
+    run_reproduce(experiment, options.runs_dir, arms, options.seeds, options.scale, options.fresh)
+
+
+def _joined(flags: Sequence[str]) -> list[str]:
+    """``--flag value`` as ``--flag=value``, so that a flag is one string."""
+    joined: list[str] = []
+    for flag in flags:
+        if flag.startswith("--"):
+            joined.append(flag)
+        elif joined and "=" not in joined[-1]:
+            joined[-1] += f"={flag}"
+        else:
+            raise InputError(f"'{flag}' belongs to no flag")
+    return joined

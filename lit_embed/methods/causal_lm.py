@@ -1,0 +1,105 @@
+"""Causal language modelling on unpaired texts: gives a random backbone the prior knowledge that a real one has."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from lit_core.backbones import BackboneConfig, Lora, Quantization, load_backbone, load_tokenizer, text_model, unwrap
+from lit_core.files import atomic_path
+from lit_core.lm_head import cross_entropy
+from lit_core.module import Method
+from lit_core.optim import Schedule
+from lit_embed.modules.encoder import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
+from lit_embed.modules.tokens import Tokens, plan_chunks
+
+
+class TextsCollator:
+    """Texts to tokens with an end token, truncated before it."""
+
+    def __init__(self, tokenizer: Any, length: int) -> None:
+        self.tokenizer, self.length = tokenizer, length
+
+    def __call__(self, rows: Sequence[dict[str, str]]) -> Tokens:
+        texts = [row["text"] for row in rows]
+        ids = self.tokenizer(texts, truncation=True, max_length=self.length - 1, return_attention_mask=False)
+        return Tokens.from_lists([[*row, self.tokenizer.eos_token_id] for row in ids["input_ids"]])
+
+
+class CausalLM(Method):
+    """Next-token prediction, the mean over all tokens of a batch.
+
+    Args:
+        backbone: Preset, local folder or hub id of a causal language model.
+        length: Most tokens of a text.
+        loading: Precision, attention, checkpointing.
+        lora: Adapters.
+        quantization: Load the backbone in 8 or 4 bits.
+        optimizer: Builds the optimizer from parameter groups.
+        schedule: Learning-rate schedule.
+        max_grad_norm: Gradients are scaled down to this norm; None never.
+    """
+
+    model: torch.nn.Module
+
+    def __init__(
+        self,
+        backbone: str,
+        length: int = 512,
+        loading: BackboneConfig = BackboneConfig(),  # noqa: B008  read only
+        lora: Lora = Lora(),  # noqa: B008
+        quantization: Quantization | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0),
+        schedule: Schedule = Schedule(warmup_steps=100),  # noqa: B008
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        super().__init__(optimizer, schedule, max_grad_norm)
+        self.save_hyperparameters()
+        self.backbone, self.length, self.loading = backbone, length, loading
+        self.lora, self.quantization = lora, quantization
+
+    def configure_model(self) -> None:
+        if "model" not in dict(self.named_children()):
+            self.tokenizer = load_tokenizer(self.backbone, self.loading.trust_remote_code)
+            self.model = load_backbone(self.backbone, "causal_lm", self.loading, self.lora, self.quantization)
+
+    def lm_collator(self) -> Callable[[list[Any]], Tokens]:
+        """Turns texts into a batch; called by the data module."""
+        return TextsCollator(self.tokenizer, self.length)
+
+    def batch_tokens(self, batch: Tokens) -> int:
+        """Tokens of a training batch, padding not counted."""
+        return sum(batch.lengths)
+
+    def forward(self, batch: Tokens) -> Tensor:
+        """Mean cross-entropy of a batch in nats a token, shape ``()``; length-sorted chunks without a mask."""
+        budget = CPU_CHUNK_TOKENS if batch.ids.device.type == "cpu" else GPU_CHUNK_TOKENS
+        states, labels = [], []
+        for rows in plan_chunks(batch.lengths, budget):
+            ids, valid = batch.pad(rows, self.tokenizer.pad_token_id)
+            hidden = text_model(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+            keep = valid[:, 1:].bool()
+            states.append(hidden[:, :-1][keep])
+            labels.append(ids[:, 1:][keep])
+        head = unwrap(self.model).get_output_embeddings()
+        return cross_entropy(torch.cat(states), head.weight, torch.cat(labels), getattr(head, "bias", None))
+
+    def training_step(self, batch: Tokens, batch_idx: int) -> Tensor:
+        loss = self(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: Tokens, batch_idx: int) -> None:
+        self.log("val/loss", self(batch), batch_size=len(batch), sync_dist=True)
+
+    def export(self, output: Path, form: str = "merged") -> None:
+        """Write a folder for ``AutoModelForCausalLM``."""
+        model: Any = self.model
+        if form == "merged" and model is not unwrap(model):
+            model = model.merge_and_unload()
+        with atomic_path(output) as folder:
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
