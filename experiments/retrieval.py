@@ -32,7 +32,7 @@ def word_arm(setting: Setting, name: str, title: str, build: Callable[[dict[str,
     return Arm(name, title, run, main=main, seeded=False)
 
 
-def test_stage(
+def rank_test_queries(
     context: ArmContext,
     cli: ExperimentCLI,
     extra: Mapping[str, float] | None = None,

@@ -33,7 +33,7 @@ class Lora:
     """
 
     r: int = 0
-    alpha: float = 64
+    alpha: int = 64
     dropout: float = 0.1
     targets: list[str] = field(default_factory=list)
     dora: bool = False
@@ -68,7 +68,9 @@ def load_tokenizer(backbone: str, trust_remote_code: bool = False) -> Any:
         return preset_tokenizer(backbone)
     from transformers import AutoTokenizer
 
-    source = _adapter_base(backbone) or backbone
+    folder = Path(backbone)
+    base = None if (folder / "tokenizer.json").is_file() else _adapter_base(backbone)  # an export has its own
+    source = base or backbone
     tokenizer = _load(lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code), backbone)
     if not tokenizer.is_fast:
         raise InputError(f"backbone '{backbone}' has no fast tokenizer (tokenizer.json); convert it first")
@@ -109,7 +111,14 @@ def load_backbone(
         if quantization is None:
             model.enable_input_require_grads()  # frozen embeddings would cut the recomputed graph
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return add_adapter(model, lora, task) if lora is not None and lora.r > 0 else model
+    pooler = getattr(model, "pooler", None)
+    if pooler is not None:
+        pooler.requires_grad_(False)  # token states do not need it, and DDP refuses trainable weights that no loss uses
+    if lora is None or lora.r == 0:
+        return model
+    with torch.random.fork_rng(devices=[]):  # adapters too start alike in every process
+        torch.manual_seed(config.seed)
+        return add_adapter(model, lora, task)
 
 
 def add_adapter(model: Any, lora: Lora, task: Task) -> nn.Module:
@@ -130,6 +139,7 @@ def add_adapter(model: Any, lora: Lora, task: Task) -> nn.Module:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets or "all-linear",
+        exclude_modules=r"(.*\.)?pooler\..*",  # gives no token states
         use_dora=lora.dora,
         task_type={"encoder": "FEATURE_EXTRACTION", "causal_lm": "CAUSAL_LM"}[task],
     )
@@ -145,14 +155,14 @@ def unwrap(model: nn.Module) -> Any:
 
 def text_model(model: nn.Module) -> Any:
     """The part of a transformers model that gives token states, without its head."""
-    model = unwrap(model)
-    return getattr(model, model.base_model_prefix, model)
+    inner: Any = unwrap(model)
+    return getattr(inner, inner.base_model_prefix, inner)
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers, outermost list first: the unit of sharding and of activation checkpointing."""
-    lists = [module for module in text_model(model).modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    """The repeated layers, the longest list of modules: the unit of sharding."""
+    lists = [list(module) for module in text_model(model).modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def _is_linear(module: nn.Module) -> bool:

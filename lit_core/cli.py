@@ -47,9 +47,7 @@ class Spec:
 
     def configs(self, scale: str, stage: str | None = None) -> list[Path]:
         """Configuration files of a scale and stage, to be laid over one another in this order."""
-        scales = (
-            ("paper",) if scale == "paper" else ("paper", "tiny") if scale == "tiny" else ("paper", "tiny", "smoke")
-        )
+        scales = SCALES[SCALES.index(scale) :][::-1]  # the paper's values first, smaller ones over them
         names = [name for s in scales for name in ((s,) if stage is None else (s, f"{s}.{stage}"))]
         paths = [self.folder / f"{name}.yaml" for name in names]
         return [path for path in paths if path.is_file()]
@@ -135,9 +133,7 @@ def _reproduce_parser(spec: Spec) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of every arm (default 0 1 2)")
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="seconds, minutes (default), the paper's own")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where all runs go (default runs)")
-    parser.add_argument(
-        "--fresh", action="store_true", help="delete what these arms and seeds have left, and begin anew"
-    )
+    parser.add_argument("--fresh", action="store_true", help="delete what these arms and seeds left, begin anew")
     return parser
 
 

@@ -44,7 +44,7 @@ def cross_entropy(
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     if len(rows) == 0:
         raise ValueError("cross_entropy needs at least one label, got only ignored rows")
-    total = _CrossEntropySum.apply(hidden[rows], weight, labels[rows], bias, chunk_logits)
+    total = _CrossEntropySum.apply(hidden[rows], weight, labels[rows], bias, chunk_logits)  # type: ignore[no-untyped-call]
     return total / len(rows)
 
 
@@ -66,7 +66,7 @@ def token_log_probs(
         entropy: Also return the entropy over the whole vocabulary.
         chunk_logits: Logits formed at once; bounds the memory.
     """
-    log_probs, entropies = _TokenLogProbs.apply(hidden, weight, targets, bias, entropy, chunk_logits)
+    log_probs, entropies = _TokenLogProbs.apply(hidden, weight, targets, bias, entropy, chunk_logits)  # type: ignore[no-untyped-call]
     return TokenLogProbs(log_probs, entropies if entropy else None)
 
 

@@ -43,9 +43,13 @@ class Method(LightningModule):
         raise InputError(f"{type(self).__name__} has nothing to export")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(parameter_groups(self))  # type: ignore[arg-type]
+        optimizer = self.optimizer(parameter_groups(self))
         schedule = build_schedule(optimizer, self.schedule, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Transformers loads models in evaluation mode, and lightning leaves modes alone."""
+        self.train()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         norm = clip_gradients((p for group in optimizer.param_groups for p in group["params"]), self.max_grad_norm)
@@ -54,7 +58,7 @@ class Method(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the method, and leave frozen weights out: the backbone they came from still holds them."""
         checkpoint[METHOD_KEY] = type(self).__name__
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        frozen = self._frozen()
         if frozen:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in frozen}
@@ -62,10 +66,18 @@ class Method(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_method(checkpoint, type(self).__name__)
         missing = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        missing -= checkpoint.get("state_dict", self.state_dict()).keys()
+        own = self.state_dict()
+        state = checkpoint.setdefault("state_dict", own)  # a sharded checkpoint was read already
+        missing -= state.keys()
         if missing:
             raise InputError(f"the checkpoint lacks {len(missing)} trained weights, such as '{min(missing)}'")
-        self.strict_loading = False  # frozen weights are not in the file
+        for name in self._frozen():
+            state.setdefault(name, own[name])
+
+    def _frozen(self) -> set[str]:
+        """Names of untrained weights, all names of those that several modules share."""
+        named = self.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if not parameter.requires_grad}
 
 
 def check_method(checkpoint: dict[str, Any], method: str, path: Path | str | None = None) -> None:

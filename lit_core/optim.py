@@ -39,7 +39,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
         raise InputError("nothing is trainable: a quantised backbone needs adapters, add --model.lora.r 16")
     matrices = [parameter for parameter in trainable if parameter.ndim > 1]
     vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

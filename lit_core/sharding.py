@@ -73,7 +73,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    return _GatherRows.apply(rows, row_counts(len(rows), rows.device))
+    return _GatherRows.apply(rows, row_counts(len(rows), rows.device))  # type: ignore[no-untyped-call]
 
 
 def row_counts(count: int, device: torch.device | None = None) -> list[int]:

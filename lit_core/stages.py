@@ -1,6 +1,7 @@
 """The verbs behind the command line: fits in stages, evaluation, export, reproduction; imports lightning."""
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -42,7 +43,7 @@ class ExperimentCLI(LightningCLI):
         args: Verb and flags.
         configs: Configuration files under the flags, the complete one first.
         folder: Where the run writes.
-        quiet: No model summary and no device notes.
+        quiet: No notes, summary or report of its own: a part of something larger.
         execute: False only parses and builds.
     """
 
@@ -58,6 +59,8 @@ class ExperimentCLI(LightningCLI):
         self.spec, self.folder, self.quiet, self.execute = spec, folder, quiet, execute
         overlays = [part for path in configs[1:] for part in ("--config", str(path))]
         complete = {"default_config_files": [str(path) for path in configs[:1]]}
+        chatter = logging.getLogger("lightning")
+        chatter.setLevel(logging.WARNING if quiet else logging.INFO)
         program, sys.argv = sys.argv, sys.argv[:1]  # lightning warns about arguments given twice
         try:
             super().__init__(
@@ -101,7 +104,7 @@ class ExperimentCLI(LightningCLI):
         settings = self.config_init[self.subcommand]
         settings["checkpoint"].dirpath = str(self.folder)
         callbacks = [StepSeed(int(settings["seed_everything"])), CurveRecorder(self.folder)]
-        callbacks += [load(path)(self.folder) for path in self.spec.callbacks]
+        callbacks += [load(path)(self.folder) for path in self.spec.callbacks if not self.quiet]
         if self.subcommand == "fit":
             self.throughput = Throughput()
             callbacks.append(self.throughput)

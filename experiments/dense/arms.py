@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from experiments.retrieval import test_stage, word_arm
+from experiments.retrieval import rank_test_queries, word_arm
 from lit_core.reproduce import Arm, ArmContext, Claim, Experiment
 from lit_core.stages import Setting
 from lit_embed.retrieval.bm25 import BM25
@@ -14,7 +14,7 @@ def build(setting: Setting) -> Experiment:
 
     def trained(name: str, title: str, flags: Sequence[str] = (), main: bool = True) -> Arm:
         def run(context: ArmContext) -> None:
-            test_stage(context, setting.fit(context.folder / "fit", context.seed, flags))
+            rank_test_queries(context, setting.fit(context.folder / "fit", context.seed, flags))
 
         return Arm(name, title, run, main=main)
 

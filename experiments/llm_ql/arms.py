@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from experiments.retrieval import exported, finish, test_stage, word_arm
+from experiments.retrieval import exported, finish, rank_test_queries, word_arm
 from lit_core.cli import Spec
 from lit_core.reproduce import Arm, ArmContext, Claim, Experiment, write_results
 from lit_core.stages import Setting
@@ -90,7 +90,7 @@ def _contrastive(setting: Setting, context: ArmContext, equal: bool) -> None:
         steps = sum(setting.value(stage, "trainer.max_steps") for stage in (QL, CONTRASTIVE))
         flags.append(f"--trainer.max_steps={steps}")
     cli = setting.fit(context.folder / CONTRASTIVE, context.seed, flags, CONTRASTIVE)
-    test_stage(context, cli)
+    rank_test_queries(context, cli)
 
 
 def _two_stages(setting: Setting, context: ArmContext, flags: Sequence[str]) -> None:
@@ -100,7 +100,7 @@ def _two_stages(setting: Setting, context: ArmContext, flags: Sequence[str]) -> 
     backbone = exported(cli, first / "export")
     tokens, steps = cli.throughput.tokens, cli.trainer.global_step
     second = setting.fit(context.folder / CONTRASTIVE, context.seed, [f"--model.backbone={backbone}"], CONTRASTIVE)
-    test_stage(context, second, gap, tokens=tokens, steps=steps)
+    rank_test_queries(context, second, gap, tokens=tokens, steps=steps)
 
 
 def _gap(cli: Any) -> float:

@@ -65,10 +65,7 @@ class Dense(Retriever):
         self.automatic_optimization = not grad_cache
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        if self.grad_cache:
-            loss = self.cached_step(batch)
-        else:
-            loss = self.contrastive_loss(self.encoder(batch.tokens), batch)
+        loss = self.cached_step(batch) if self.grad_cache else self.pair_loss(batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch.queries)
         return loss
 
@@ -83,7 +80,7 @@ class Dense(Retriever):
             )
         average_gradients(self.parameters())
         optimizer.step()
-        scheduler.step()  # type: ignore[union-attr, call-arg]
+        scheduler.step()  # type: ignore[union-attr]
         return loss
 
     def contrastive_loss(self, vectors: Tensor, batch: PairBatch) -> Tensor:

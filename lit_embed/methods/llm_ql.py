@@ -1,4 +1,4 @@
-"""LLM-QL: query-likelihood pre-training of a decoder, then contrastive training, and QL re-ranking (arXiv 2504.05216)."""
+"""LLM-QL (arXiv 2504.05216): query-likelihood pre-training of a decoder, contrastive training, QL re-ranking."""
 
 from dataclasses import replace
 from typing import Any, Literal

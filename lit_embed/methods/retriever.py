@@ -137,9 +137,8 @@ class Retriever(Method):
 
     def export(self, output: Path, form: str = "merged") -> None:
         """Write a sentence-transformers folder (``merged`` weights or the ``adapter``)."""
-        card = (
-            f"Trained by {type(self).__name__} from `{self.backbone}`.\n\nSettings: `{asdict(self.encoder.config)}`\n"
-        )
+        settings = asdict(self.encoder.config)
+        card = f"Trained by {type(self).__name__} from `{self.backbone}`.\n\nSettings: `{settings}`\n"
         export_encoder(self.encoder, output, form, self.exported_model(), card, self.backbone)
 
     def exported_model(self) -> Any:

@@ -154,11 +154,9 @@ class LikelihoodCollator:
             generator = torch.Generator().manual_seed(row["seed"])
             coin = float(torch.rand((), generator=generator)) if self.direction == "both" else 1.0
             reverse = self.direction == "query_to_document" or coin < 0.5
-            sides: tuple[tuple[str, Kind], tuple[str, Kind]] = (
-                (row["passages"][0], "passage"),
-                (row["query"], "query"),
-            )
-            source, target = sides[::-1] if reverse else sides
+            passage: tuple[str, Kind] = (row["passages"][0], "passage")
+            query: tuple[str, Kind] = (row["query"], "query")
+            source, target = (query, passage) if reverse else (passage, query)
             sources.append(self.source(*source, generator))
             targets.append(self.target(*target))
         shuffled = Tokens.from_lists(sources[1:] + sources[:1]) if self.shuffled else None

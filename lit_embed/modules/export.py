@@ -56,7 +56,7 @@ def _save_model(model: Any, folder: Path, form: str) -> None:
     if form == "adapter":
         if not isinstance(model, PeftModel):
             raise InputError("there is no adapter to export: the model was trained without --model.lora.r")
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         return
     if getattr(unwrap(model), "quantization_method", None) is not None:
         raise InputError("a quantised model cannot be merged; export the adapter (--form adapter)")
