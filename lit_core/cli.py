@@ -174,9 +174,11 @@ def _refuse(message: str) -> int:
 def _quieten() -> None:
     """Leave out library chatter that says nothing about the user's run."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse 5 drops
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel that it does without
-    for text in ("does not have many workers", "TypedStorage is deprecated", "are deprecated and will be removed",
-                 "Checkpoint directory .* exists", "dirpath has changed", "LeafSpec"):  # fmt: skip
+    chatter = ("does not have many workers", "Checkpoint directory .* exists", "dirpath has changed", "LeafSpec",
+               "smaller than the logging interval")  # fmt: skip
+    for text in chatter:
         warnings.filterwarnings("ignore", message=f".*{text}.*")
 
 

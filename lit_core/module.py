@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lit_core.errors import InputError
 from lit_core.optim import Schedule, build_schedule, clip_gradients, parameter_groups
+from lit_core.sharding import average_gradients
 
 METHOD_KEY = "lit_method"
 
@@ -52,15 +53,16 @@ class Method(LightningModule):
         self.train()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.device_mesh is not None:
+            average_gradients(self.parameters())  # of what is not sharded
         norm = clip_gradients((p for group in optimizer.param_groups for p in group["params"]), self.max_grad_norm)
         self.log("train/grad_norm", norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the method, and leave frozen weights out: the backbone they came from still holds them."""
         checkpoint[METHOD_KEY] = type(self).__name__
-        frozen = self._frozen()
-        if frozen:
-            state = checkpoint["state_dict"]
+        if self.device_mesh is None:  # a sharded checkpoint is read back name by name, and must be whole
+            frozen, state = self._frozen(), checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

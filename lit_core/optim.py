@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_core.errors import InputError
+from lit_core.sharding import full_tensor
 
 ScheduleName = Literal["constant", "linear", "cosine", "inverse_sqrt", "polynomial", "cosine_with_restarts"]
 
@@ -66,7 +68,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     Returns:
         The norm before clipping, shape ``()``.
     """
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.clip_grad_norm_(with_gradient, float("inf") if max_norm is None else max_norm)
-    full = getattr(norm, "full_tensor", None)
-    return norm if full is None else full()
+    kinds: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kinds[hasattr(parameter.grad, "full_tensor")].append(parameter.grad)
+    plain, sharded = kinds
+    norm = nn.utils.get_total_norm(plain)
+    if sharded:
+        norm = torch.hypot(norm, full_tensor(nn.utils.get_total_norm(sharded)).to(norm.device))
+    if max_norm is not None:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+        for gradient in plain + [cast(Any, gradient).to_local() for gradient in sharded]:
+            gradient.mul_(factor.to(gradient))
+    return norm

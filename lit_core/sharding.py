@@ -49,6 +49,16 @@ def shard(module: nn.Module, mesh: Any, blocks: Iterable[nn.Module] = ()) -> Non
     fully_shard(module, mesh=data)
 
 
+def tie_head(model: Any) -> None:
+    """Tie the head of a causal language model, whose inner model was sharded, to the embeddings again.
+
+    Sharding replaces the embedding's parameter; a tied head would keep the old, unsharded one. An untied head stays
+    whole on every rank (:func:`average_gradients` keeps it equal).
+    """
+    if model.config.tie_word_embeddings:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded parameter as a plain tensor on every rank; its gradient is averaged over the ranks, as FSDP does."""
     if not hasattr(tensor, "full_tensor"):
@@ -88,6 +98,12 @@ def row_counts(count: int, device: torch.device | None = None) -> list[int]:
 def row_offset(count: int, device: torch.device | None = None) -> int:
     """Rows on the ranks before this one."""
     return sum(row_counts(count, device)[: rank()])
+
+
+def share_of_mean(count: int, device: torch.device | None = None) -> float:
+    """What to multiply a mean over ``count`` terms by, so that its average over ranks is the mean over all terms."""
+    counts = row_counts(count, device)
+    return len(counts) * count / sum(counts)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -122,6 +122,10 @@ class ExperimentCLI(LightningCLI):
         if self.execute:
             super()._run_subcommand(subcommand)
 
+    def before_fit(self) -> None:
+        """Read what the test will need, so that a mistake in it is told before the training and not after it."""
+        self.datamodule.setup("test")
+
     def after_fit(self) -> None:
         """Keep the last state, whatever the checkpoint interval."""
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
