@@ -134,12 +134,13 @@ def add_adapter(model: Any, lora: Lora, task: Task) -> nn.Module:
     for target in lora.targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise InputError(f"LoRA target '{target}' matches no module; this backbone has {', '.join(linear)}")
+    pooling = [name for name in names if ".pooler." in f".{name}."]  # gives no token states
     settings = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets or "all-linear",
-        exclude_modules=r"(.*\.)?pooler\..*",  # gives no token states
+        exclude_modules=pooling or None,
         use_dora=lora.dora,
         task_type={"encoder": "FEATURE_EXTRACTION", "causal_lm": "CAUSAL_LM"}[task],
     )

@@ -122,6 +122,14 @@ class ExperimentCLI(LightningCLI):
         if self.execute:
             super()._run_subcommand(subcommand)
 
+    def validate(self, **kwargs: Any) -> None:
+        """Without lightning's own table, which repeats every metric for every loader."""
+        self.trainer.validate(**{**kwargs, "verbose": False})
+
+    def test(self, **kwargs: Any) -> None:
+        """As :meth:`validate`."""
+        self.trainer.test(**{**kwargs, "verbose": False})
+
     def before_fit(self) -> None:
         """Read what the test will need, so that a mistake in it is told before the training and not after it."""
         self.datamodule.setup("test")

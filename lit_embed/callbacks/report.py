@@ -1,4 +1,4 @@
-"""After ``test``: runs in TREC format, results, and one table of the trained model beside BM25."""
+"""What evaluation leaves behind: runs in TREC format, results, and one table of the trained model beside BM25."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_core.files import write_json
 from lit_core.results import write_results
 from lit_embed.methods.retriever import METRICS
 from lit_embed.retrieval.bm25 import BM25
@@ -14,7 +15,10 @@ from lit_embed.retrieval.trec import write_qrels, write_run
 
 
 class RetrievalReport(Callback):
-    """Writes ``run.<name>.trec``, ``qrels.trec`` and ``results.json`` of the test queries and prints the table.
+    """Files and table of an evaluation.
+
+    After ``test``: ``run.<name>.trec``, ``qrels.trec``, ``results.json`` and the table. After ``validate``:
+    ``validation.json`` with the logged metrics.
 
     Args:
         folder: Where to write.
@@ -22,6 +26,17 @@ class RetrievalReport(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            write_json(self.folder / "validation.json", values)
+            collection = vars(trainer)["datamodule"].collection("validate")
+            row = {metric: values[f"val/{metric}"] for metric in METRICS}
+            _print_table(
+                f"{collection.name}: {len(collection.qrels)} validation queries", {type(pl_module).__name__: row}
+            )
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
