@@ -1,7 +1,9 @@
 """Backbones by hub id, local folder or preset: precision, attention, adapters, quantisation, checkpointing."""
 
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -110,7 +112,8 @@ def load_backbone(
     if config.gradient_checkpointing:
         if quantization is None:
             model.enable_input_require_grads()  # frozen embeddings would cut the recomputed graph
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        older = model.gradient_checkpointing_enable  # its name up to transformers 5.22
+        getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
     pooler = getattr(model, "pooler", None)
     if pooler is not None:
         pooler.requires_grad_(False)  # token states do not need it, and DDP refuses trainable weights that no loss uses
@@ -144,7 +147,8 @@ def add_adapter(model: Any, lora: Lora, task: Task) -> nn.Module:
         use_dora=lora.dora,
         task_type={"encoder": "FEATURE_EXTRACTION", "causal_lm": "CAUSAL_LM"}[task],
     )
-    return get_peft_model(model, settings, autocast_adapter_dtype=False)
+    with _peft_warnings():
+        return get_peft_model(model, settings, autocast_adapter_dtype=False)
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -164,6 +168,13 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers, the longest list of modules: the unit of sharding."""
     lists = [list(module) for module in text_model(model).modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=[])
+
+
+@contextmanager
+def _peft_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property under its old name
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -204,11 +215,13 @@ def _pretrained(backbone: str, task: Task, config: BackboneConfig, quantization:
     if quantization is not None:
         from peft import prepare_model_for_kbit_training
 
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
+        with _peft_warnings():
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
     if base is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, backbone).merge_and_unload()
+        with _peft_warnings():
+            model = PeftModel.from_pretrained(model, backbone).merge_and_unload()
     return model
 
 

@@ -8,13 +8,23 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_core.backbones import BackboneConfig, Lora, Quantization, load_backbone, load_tokenizer, text_model, unwrap
-from lit_core.files import atomic_path
-from lit_core.lm_head import cross_entropy
+from lit_core.backbones import (
+    BackboneConfig,
+    Lora,
+    Quantization,
+    load_backbone,
+    load_tokenizer,
+    text_model,
+    transformer_blocks,
+    unwrap,
+)
+from lit_core.lm_head import IGNORE_INDEX, cross_entropy
 from lit_core.module import Method
 from lit_core.optim import Schedule
+from lit_core.sharding import full_tensor, shard, share_of_mean, tie_head
 from lit_embed.modules.encoder import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
-from lit_embed.modules.tokens import Tokens, plan_chunks
+from lit_embed.modules.export import new_folder, save_model
+from lit_embed.modules.tokens import Tokens, plan_chunks, plan_equal_chunks
 
 
 class TextsCollator:
@@ -62,9 +72,13 @@ class CausalLM(Method):
         self.lora, self.quantization = lora, quantization
 
     def configure_model(self) -> None:
-        if "model" not in dict(self.named_children()):
-            self.tokenizer = load_tokenizer(self.backbone, self.loading.trust_remote_code)
-            self.model = load_backbone(self.backbone, "causal_lm", self.loading, self.lora, self.quantization)
+        if "model" in dict(self.named_children()):
+            return
+        self.tokenizer = load_tokenizer(self.backbone, self.loading.trust_remote_code)
+        self.model = load_backbone(self.backbone, "causal_lm", self.loading, self.lora, self.quantization)
+        if self.device_mesh is not None:
+            shard(text_model(self.model), self.device_mesh, transformer_blocks(self.model))
+            tie_head(unwrap(self.model))
 
     def lm_collator(self) -> Callable[[list[Any]], Tokens]:
         """Turns texts into a batch; called by the data module."""
@@ -77,18 +91,25 @@ class CausalLM(Method):
     def forward(self, batch: Tokens) -> Tensor:
         """Mean cross-entropy of a batch in nats a token, shape ``()``; length-sorted chunks without a mask."""
         budget = CPU_CHUNK_TOKENS if batch.ids.device.type == "cpu" else GPU_CHUNK_TOKENS
+        sharded = self.device_mesh is not None
+        device = batch.ids.device
+        plan = plan_equal_chunks(batch.lengths, budget, device) if sharded else (plan_chunks(batch.lengths, budget), [])
         states, labels = [], []
-        for rows in plan_chunks(batch.lengths, budget):
+        for number, rows in enumerate(plan[0] + plan[1]):
             ids, valid = batch.pad(rows, self.tokenizer.pad_token_id)
             hidden = text_model(self.model)(input_ids=ids, use_cache=False).last_hidden_state
             keep = valid[:, 1:].bool()
             states.append(hidden[:, :-1][keep])
-            labels.append(ids[:, 1:][keep])
+            labels.append(
+                ids[:, 1:][keep] if number < len(plan[0]) else torch.full_like(ids[:, 1:][keep], IGNORE_INDEX)
+            )
         head = unwrap(self.model).get_output_embeddings()
-        return cross_entropy(torch.cat(states), head.weight, torch.cat(labels), getattr(head, "bias", None))
+        bias = getattr(head, "bias", None)
+        weight = full_tensor(head.weight)
+        return cross_entropy(torch.cat(states), weight, torch.cat(labels), None if bias is None else full_tensor(bias))
 
     def training_step(self, batch: Tokens, batch_idx: int) -> Tensor:
-        loss = self(batch)
+        loss = self(batch) * share_of_mean(sum(batch.lengths) - len(batch), batch.ids.device)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         return loss
 
@@ -97,9 +118,6 @@ class CausalLM(Method):
 
     def export(self, output: Path, form: str = "merged") -> None:
         """Write a folder for ``AutoModelForCausalLM``."""
-        model: Any = self.model
-        if form == "merged" and model is not unwrap(model):
-            model = model.merge_and_unload()
-        with atomic_path(output) as folder:
-            model.save_pretrained(folder)
+        with new_folder(output) as folder:
+            save_model(self.model, folder, form, self.backbone, output)
             self.tokenizer.save_pretrained(folder)

@@ -11,10 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_core.backbones import BackboneConfig, Lora, Quantization
 from lit_core.errors import InputError
 from lit_core.optim import Schedule
-from lit_core.sharding import average_gradients, gather_rows, maximum, row_offset, world_size
+from lit_core.sharding import average_gradients, gather_rows, maximum, row_offset, share_of_mean, world_size
 from lit_embed.functional.losses import candidate_mask, per_query_info_nce
 from lit_embed.methods.retriever import Retriever
 from lit_embed.modules.batches import PairBatch
+from lit_embed.modules.encoder import Encoder
 from lit_embed.modules.gradcache import cached_backward
 from lit_embed.modules.tokenization import EncoderConfig
 
@@ -59,10 +60,21 @@ class Dense(Retriever):
         super().__init__(backbone, encoder, loading, lora, quantization, top_k, optimizer, schedule, max_grad_norm)
         if not temperature > 0:
             raise InputError(f"temperature must be above 0, got {temperature}")
+        if matryoshka and min(matryoshka) < 1:
+            raise InputError(f"matryoshka lengths must be at least 1, got {min(matryoshka)}")
         self.save_hyperparameters()
         self.temperature, self.symmetric, self.cross_device = temperature, symmetric, cross_device
         self.grad_cache, self.matryoshka = grad_cache, matryoshka or []
         self.automatic_optimization = not grad_cache
+
+    def build_encoder(self) -> Encoder:
+        encoder = super().build_encoder()
+        if self.matryoshka and max(self.matryoshka) > encoder.embedding_dimension:
+            raise InputError(
+                f"matryoshka lengths must be at most {encoder.embedding_dimension}, the length of the vectors, got "
+                f"{max(self.matryoshka)}"
+            )
+        return encoder
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         loss = self.cached_step(batch) if self.grad_cache else self.pair_loss(batch)
@@ -99,9 +111,9 @@ class Dense(Retriever):
         if self.cross_device and world_size() > 1:
             offset = row_offset(len(passages), passages.device)
             passages, keys, targets = gather_rows(passages), gather_rows(keys), targets + offset
-            own = F.pad(own, (offset, len(passages) - offset - own.shape[1]))
-            counts = gather_rows(torch.tensor([batch.queries], device=queries.device))
-            scale = world_size() * batch.queries / float(counts.sum())
+            same = batch.passage_keys[:, None] == keys  # the copy that counts may be on another rank
+            own = (own.float() @ same.float()).bool()
+            scale = share_of_mean(batch.queries, queries.device)
         mask = candidate_mask(keys, batch.positive_keys, targets, own, batch.own_only)
         losses = [self._directions(queries, passages, targets, mask, batch, size) for size in [None, *self.matryoshka]]
         return torch.stack(losses).mean() * scale

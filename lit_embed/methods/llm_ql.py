@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_core.backbones import BackboneConfig, Lora, Quantization, load_backbone, text_model
+from lit_core.backbones import BackboneConfig, Lora, Quantization, load_backbone, text_model, unwrap
 from lit_core.errors import InputError
 from lit_core.optim import Schedule
-from lit_core.sharding import gather_objects, rank, world_size
+from lit_core.sharding import gather_objects, rank, share_of_mean, tie_head, world_size
 from lit_embed.functional.corruption import Unit
 from lit_embed.methods.dense import Dense
 from lit_embed.modules.batches import Direction, LikelihoodCollator
@@ -123,7 +123,8 @@ class LLMQL(Dense):
     def configure_model(self) -> None:
         super().configure_model()
         if self.stage == "query_likelihood" and self.device_mesh is not None:
-            self.likelihood.tie_sharded_head()
+            tie_head(unwrap(self.likelihood.model))
+            self.likelihood.equal_chunks = True
 
     def pair_collator(self, train: bool) -> Any:
         if self.stage == "contrastive":
@@ -147,6 +148,10 @@ class LLMQL(Dense):
         if self.stage == "contrastive":
             return super().training_step(batch, batch_idx)
         loss = self.likelihood(batch.documents, batch.queries, self.loss_scope)
+        labels = sum(batch.queries.lengths)
+        if self.loss_scope == "document_and_query":
+            labels += sum(batch.documents.lengths) - len(batch.documents)
+        loss = loss * share_of_mean(labels, loss.device)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.queries))
         return loss
 
@@ -183,19 +188,21 @@ class LLMQL(Dense):
             The same documents, scored by the summed log-probability of the query and its end token, in nats.
         """
         self.likelihood.eval()
-        query_ids = [query_id for query_id in run if run[query_id]][rank() :: world_size()]
+        asked = [query_id for query_id in run if run[query_id]]
+        if not asked:
+            return {}
+        query_ids = asked[rank() :: world_size()] or asked[:1]  # sharded ranks gather weights in step: none may idle
         doc_ids = sorted({doc_id for query_id in query_ids for doc_id in run[query_id]})
+        place = {doc_id: number for number, doc_id in enumerate(doc_ids)}
+        pairs = [(number, place[doc_id]) for number, query_id in enumerate(query_ids) for doc_id in run[query_id]]
+        collator = LikelihoodCollator(self.encoder.text_tokenizer, 0.0)
+        targets = Tokens.from_lists([collator.target(queries[query_id], "query") for query_id in query_ids])
+        documents = self.encoder.tokenize([corpus[doc_id] for doc_id in doc_ids], "passage")
+        columns = self.likelihood.columns(documents.to(self.device))
+        scores = self.likelihood.score(columns, torch.tensor(pairs, device=self.device), targets.to(self.device))
         found: Run = {}
-        if query_ids:
-            place = {doc_id: number for number, doc_id in enumerate(doc_ids)}
-            pairs = [(number, place[doc_id]) for number, query_id in enumerate(query_ids) for doc_id in run[query_id]]
-            collator = LikelihoodCollator(self.encoder.text_tokenizer, 0.0)
-            targets = Tokens.from_lists([collator.target(queries[query_id], "query") for query_id in query_ids])
-            documents = self.encoder.tokenize([corpus[doc_id] for doc_id in doc_ids], "passage")
-            columns = self.likelihood.columns(documents.to(self.device))
-            scores = self.likelihood.score(columns, torch.tensor(pairs, device=self.device), targets.to(self.device))
-            for (number, document), score in zip(pairs, scores.tolist(), strict=True):
-                found.setdefault(query_ids[number], {})[doc_ids[document]] = score
+        for (number, document), score in zip(pairs, scores.tolist(), strict=True):
+            found.setdefault(query_ids[number], {})[doc_ids[document]] = score
         return {query_id: docs for part in gather_objects(found) for query_id, docs in part.items()}
 
     def exported_model(self) -> Any:

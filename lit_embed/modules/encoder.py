@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_core.backbones import BackboneConfig, Lora, Quantization, load_backbone, load_tokenizer, text_model
 from lit_core.errors import InputError
 from lit_core.files import read_json
 from lit_core.progress import track
-from lit_core.sharding import maximum
 from lit_embed.functional.pooling import Pooling, finish, pool
 from lit_embed.modules.tokenization import EncoderConfig, Kind, TextTokenizer
-from lit_embed.modules.tokens import Tokens, plan_chunks
+from lit_embed.modules.tokens import Tokens, plan_chunks, plan_equal_chunks
 
 DEFAULT_LENGTH = 512  # tokens, where neither the user, the folder nor the tokenizer says less
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 2048, 32768
@@ -60,18 +60,11 @@ class Encoder(nn.Module):
         return vectors
 
     def plan(self, tokens: Tokens) -> tuple[list[list[int]], list[list[int]]]:
-        """Rows of each forward pass, and idle passes of weight zero.
-
-        Idle passes exist for sharded models alone, whose ranks gather weights in step: a rank with fewer texts than
-        another has chunks repeats its shortest text.
-        """
+        """Rows of each forward pass, and idle passes of weight zero, which sharded models alone have."""
         budget = self.config.chunk_tokens or (CPU_CHUNK_TOKENS if tokens.ids.device.type == "cpu" else GPU_CHUNK_TOKENS)
-        chunks = plan_chunks(tokens.lengths, budget)
-        if not self.equal_chunks:
-            return chunks, []
-        wanted = maximum(len(chunks), tokens.ids.device)
-        chunks = plan_chunks(tokens.lengths, budget, wanted)
-        return chunks, [chunks[-1][-1:]] * (wanted - len(chunks))
+        if self.equal_chunks:
+            return plan_equal_chunks(tokens.lengths, budget, tokens.ids.device)
+        return plan_chunks(tokens.lengths, budget), []
 
     @staticmethod
     def in_order(parts: list[Tensor], chunks: list[list[int]]) -> Tensor:
@@ -125,7 +118,8 @@ class Encoder(nn.Module):
         self.eval()
         parts = []
         blocks = range(0, len(distinct), block)
-        for start in track(blocks, f"encoding {kind}s", unit="block") if progress else blocks:
+        title = {"query": "encoding queries", "passage": "encoding passages"}[kind]
+        for start in track(blocks, title, unit="block") if progress else blocks:
             parts.append(self(self.tokenize(distinct[start : start + block], kind).to(device)).cpu())
         self.train(training)
         if not parts:
@@ -185,7 +179,7 @@ def _settle(config: EncoderConfig, backbone: str, tokenizer: Any, causal: bool) 
         config,
         pooling=first(config.pooling, found.get("pooling"), "eos" if causal else "mean"),
         normalize=first(config.normalize, found.get("normalize"), True),
-        dimensions=config.dimensions,
+        dimensions=config.dimensions or found.get("dimensions"),
         query_prompt=first(config.query_prompt, found.get("query_prompt"), ""),
         passage_prompt=first(config.passage_prompt, found.get("passage_prompt"), ""),
         query_length=first(config.query_length, length),
@@ -205,6 +199,8 @@ def _sentence_transformers_settings(folder: Path) -> dict[str, Any]:
             settings["pooling"] = _pooling_name(read_json(path / "config.json"), path)
         elif name == "Normalize":
             settings["normalize"] = True
+        elif name == "Dense":
+            settings["dimensions"] = _truncation(path)
         elif name != "Transformer":
             raise InputError(f"sentence-transformers module '{name}' cannot be trained here", folder / "modules.json")
     if (folder / "sentence_bert_config.json").is_file():
@@ -214,6 +210,14 @@ def _sentence_transformers_settings(folder: Path) -> dict[str, Any]:
         settings["query_prompt"] = prompts.get("query")
         settings["passage_prompt"] = prompts.get("document", prompts.get("passage"))
     return settings
+
+
+def _truncation(path: Path) -> int:
+    """Dimensions that a Dense module keeps, if it is a plain truncation, as our exports write it."""
+    weight = load_file(path / "model.safetensors")["linear.weight"]
+    if not torch.equal(weight, torch.eye(*weight.shape)) or read_json(path / "config.json")["bias"]:
+        raise InputError("a sentence-transformers module 'Dense' that is no truncation cannot be trained here", path)
+    return len(weight)
 
 
 def _pooling_name(config: dict[str, Any], path: Path) -> Pooling:

@@ -15,7 +15,7 @@ from lit_core.sharding import full_tensor
 from lit_embed.functional.masks import attention_stop, causal
 from lit_embed.modules.encoder import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
 from lit_embed.modules.split_attention import SplitLayout, use_split_attention
-from lit_embed.modules.tokens import Tokens, plan_chunks
+from lit_embed.modules.tokens import Tokens, plan_chunks, plan_equal_chunks
 
 Form = Literal["split", "two_pass", "dense"]
 LossScope = Literal["query", "document_and_query"]
@@ -54,6 +54,7 @@ class QueryLikelihood(nn.Module):
         super().__init__()
         self.model = model
         self.pad_id, self.form, self.stop, self.chunk_tokens = pad_id, form, stop, chunk_tokens
+        self.equal_chunks = False  # sharded models: every rank must run the same number of forward passes
         if form == "split" and stop:
             language_model = unwrap(model)
             if language_model.config._attn_implementation not in ("sdpa", "attention_stop_split"):
@@ -74,20 +75,26 @@ class QueryLikelihood(nn.Module):
             Loss in nats a token, shape ``()``, float32.
         """
         states, labels = [], []
-        for rows in self._plan(documents, queries):
+        chunks, idle = self._plan_pairs(documents, queries)
+        for rows in chunks:
             chunk_states, chunk_labels = self.label_states(documents, queries, rows, scope)
             states.append(chunk_states)
             labels.append(chunk_labels)
-        return cross_entropy(torch.cat(states), *self._head(torch.cat(labels)))
+        loss = cross_entropy(torch.cat(states), *self._head(torch.cat(labels)))
+        for rows in idle:
+            loss = loss + self.label_states(documents, queries, rows, scope)[0].sum() * 0
+        return loss
 
     def pair_log_likelihood(self, documents: Tokens, queries: Tokens) -> Tensor:
         """``log p(query | document)`` of each pair in nats, summed over the query's tokens and its end: ``(B,)``."""
         total = torch.zeros(len(queries), device=queries.ids.device)
-        for rows in self._plan(documents, queries):
+        chunks, idle = self._plan_pairs(documents, queries)
+        for number, rows in enumerate(chunks + idle):
             states, labels = self.label_states(documents, queries, rows, "query")
             weight, targets, bias = self._head(labels)
-            owner = torch.tensor([row for row in rows for _ in range(queries.lengths[row])], device=total.device)
-            total.index_add_(0, owner, token_log_probs(states, weight, targets, bias).log_probs)
+            if number < len(chunks):
+                owner = torch.tensor([row for row in rows for _ in range(queries.lengths[row])], device=total.device)
+                total = total.index_add(0, owner, token_log_probs(states, weight, targets, bias).log_probs)
         return total
 
     def label_states(
@@ -104,7 +111,8 @@ class QueryLikelihood(nn.Module):
     def columns(self, documents: Tokens) -> DocumentColumns:
         """Run documents once and keep their end tokens' keys, values and final states."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        for rows in plan_chunks(documents.lengths, self._budget(documents)):
+        chunks, idle = self._plan(documents.lengths, documents)
+        for rows in chunks + idle:
             cache, hidden, end = self._first_pass(*documents.pad(rows, self.pad_id))
             here = torch.arange(len(rows), device=end.device)
             pairs = torch.stack([torch.stack(layer, 1) for layer in _end_columns(cache, end)], 1)
@@ -128,8 +136,8 @@ class QueryLikelihood(nn.Module):
         """
         lengths = [queries.lengths[query] for query in pairs[:, 0].tolist()]
         scores = torch.empty(len(pairs), device=queries.ids.device)
-        chunks = plan_chunks(lengths, self._budget(queries))
-        for rows in track(chunks, "query likelihood", unit="chunk"):
+        chunks, idle = self._plan(lengths, queries)
+        for rows in track(chunks + idle, "query likelihood", unit="chunk"):
             chosen = pairs[rows]
             ids, valid = queries.pad(chosen[:, 0].tolist(), self.pad_id)
             document = chosen[:, 1]
@@ -150,22 +158,14 @@ class QueryLikelihood(nn.Module):
             scores[torch.tensor(rows, device=scores.device)] = (log_probs * counted).sum(1)
         return scores
 
-    def tie_sharded_head(self) -> None:
-        """After the token states' model was sharded: tie the head to the sharded embeddings again.
+    def _plan_pairs(self, documents: Tokens, queries: Tokens) -> tuple[list[list[int]], list[list[int]]]:
+        return self._plan([d + q for d, q in zip(documents.lengths, queries.lengths, strict=True)], documents)
 
-        Sharding replaces the embedding's parameter; a tied head would keep the old, unsharded one. An untied head stays
-        whole on every rank and is gathered nowhere.
-        """
-        model = unwrap(self.model)
-        if model.config.tie_word_embeddings:
-            model.get_output_embeddings().weight = model.get_input_embeddings().weight
-
-    def _plan(self, documents: Tokens, queries: Tokens) -> list[list[int]]:
-        lengths = [d + q for d, q in zip(documents.lengths, queries.lengths, strict=True)]
-        return plan_chunks(lengths, self._budget(documents))
-
-    def _budget(self, tokens: Tokens) -> int:
-        return self.chunk_tokens or (CPU_CHUNK_TOKENS if tokens.ids.device.type == "cpu" else GPU_CHUNK_TOKENS)
+    def _plan(self, lengths: list[int], tokens: Tokens) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows of each forward pass, and idle passes to be dropped, which sharded models alone have."""
+        device = tokens.ids.device
+        budget = self.chunk_tokens or (CPU_CHUNK_TOKENS if device.type == "cpu" else GPU_CHUNK_TOKENS)
+        return plan_equal_chunks(lengths, budget, device) if self.equal_chunks else (plan_chunks(lengths, budget), [])
 
     def _head(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         head = unwrap(self.model).get_output_embeddings()

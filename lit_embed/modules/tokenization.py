@@ -102,6 +102,8 @@ def end_with(tokenizer: Any, suffix: str, eos: bool) -> Any:
     before, after = _frame(tokenizer)
     ends = eos and tokenizer.eos_token_id in after[-1:]
     tail = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
+    if after[: len(tail)] == tail:
+        tail = []  # the tokenizer comes from an export, which has the suffix already
     if not tail and (ends or not eos):
         return tokenizer
     from tokenizers.processors import TemplateProcessing

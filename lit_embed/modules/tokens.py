@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_core.sharding import maximum
+
 
 @dataclass
 class Tokens:
@@ -88,3 +90,22 @@ def plan_chunks(lengths: Sequence[int], budget: int, minimum: int = 1) -> list[l
         rows = chunks[largest]
         chunks[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     return chunks
+
+
+def plan_equal_chunks(
+    lengths: Sequence[int], budget: int, device: torch.device | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Chunks for a sharded model, whose ranks gather weights in step and so must run equally many forward passes.
+
+    Args:
+        lengths: Tokens of each text on this rank, at least one.
+        budget: Padded tokens a chunk may have.
+        device: Where the ranks' counts are exchanged.
+
+    Returns:
+        Chunks as :func:`plan_chunks` gives them, and idle ones: a rank with fewer texts than another has chunks repeats
+        its shortest text, whose results are to be dropped.
+    """
+    wanted = maximum(len(plan_chunks(lengths, budget)), device)
+    chunks = plan_chunks(lengths, budget, wanted)
+    return chunks, [chunks[-1][-1:]] * (wanted - len(chunks))

@@ -1,0 +1,23 @@
+import pytest
+
+from lit_core.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ({}, "no text"),
+        ({"path": "a.jsonl"}, "a.jsonl: no text"),
+        ({"path": "a.jsonl", "line": 3}, "a.jsonl:3: no text"),
+        ({"path": "a.jsonl", "line": 3, "field": "query"}, "a.jsonl:3: field 'query': no text"),
+        ({"field": "query"}, "field 'query': no text"),
+    ],
+)
+def test_the_message_names_the_place(place: dict[str, object], text: str) -> None:
+    assert str(InputError("no text", **place)) == text  # type: ignore[arg-type]
+
+
+def test_the_message_is_one_line_and_a_value_error() -> None:
+    error = InputError("first\nsecond")
+    assert str(error) == "first second"
+    assert isinstance(error, ValueError)
