@@ -198,8 +198,13 @@ def _preset(backbone: str, task: Task, config: BackboneConfig, quantization: Qua
     if quantization is not None:  # transformers quantises while it reads a checkpoint
         with TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            return _pretrained(folder, task, config, quantization)
-    return model if config.dtype == "auto" else model.to(getattr(torch, config.dtype))
+            model = _pretrained(folder, task, config, quantization)
+        model.config._name_or_path = model.name_or_path = ""  # an adapter would name the folder that is gone
+        return model
+    if config.dtype != "auto":
+        for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as in a loaded model
+            parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    return model
 
 
 def _pretrained(backbone: str, task: Task, config: BackboneConfig, quantization: Quantization | None) -> Any:

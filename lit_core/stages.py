@@ -12,17 +12,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_core.callbacks.curves import CurveRecorder
+from lit_core.callbacks.final_checkpoint import FinalCheckpoint
 from lit_core.callbacks.step_seed import StepSeed
 from lit_core.callbacks.throughput import Throughput
 from lit_core.cli import Spec, load, take
 from lit_core.errors import InputError
+from lit_core.files import write_text
 from lit_core.module import check_method
 
 FOLDER_VARIABLE = "LIT_RUN_FOLDER"  # tells processes that a strategy starts where the first one writes
@@ -33,6 +35,24 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         raise InputError(re.sub(r"\s+", " ", str(ex or message)))
+
+
+class FolderConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder.
+
+    Args:
+        folder: The run's folder.
+        *args: Parser and configuration.
+        **kwargs: Options of the base class.
+    """
+
+    def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
+        super().__init__(*args, save_to_log_dir=False, **kwargs)
+        self.folder = folder
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            write_text(self.folder / "config.yaml", self.parser.dump(self.config, skip_none=False, format="yaml"))
 
 
 class ExperimentCLI(LightningCLI):
@@ -71,7 +91,8 @@ class ExperimentCLI(LightningCLI):
                 parser_kwargs=dict.fromkeys(self.subcommands(), complete),
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
-                save_config_kwargs={"overwrite": True},
+                save_config_callback=FolderConfig,
+                save_config_kwargs={"folder": folder},
                 trainer_defaults={
                     "use_distributed_sampler": False,  # our samplers shard by rank themselves
                     "num_sanity_val_steps": 0,  # a part of a corpus cannot be evaluated
@@ -105,9 +126,8 @@ class ExperimentCLI(LightningCLI):
         settings["checkpoint"].dirpath = str(self.folder)
         callbacks = [StepSeed(int(settings["seed_everything"])), CurveRecorder(self.folder)]
         callbacks += [load(path)(self.folder) for path in self.spec.callbacks if not self.quiet]
-        if self.subcommand == "fit":
-            self.throughput = Throughput()
-            callbacks.append(self.throughput)
+        self.throughput = Throughput()  # in evaluation too: a checkpoint asks for the callbacks that it was made with
+        callbacks += [self.throughput, FinalCheckpoint(self.folder)]
         trainer = settings["trainer"]
         if trainer["logger"] in (None, True) and not trainer["fast_dev_run"]:
             kwargs["logger"] = TensorBoardLogger(self.folder, name="", version="tensorboard")
@@ -133,11 +153,6 @@ class ExperimentCLI(LightningCLI):
     def before_fit(self) -> None:
         """Read what the test will need, so that a mistake in it is told before the training and not after it."""
         self.datamodule.setup("test")
-
-    def after_fit(self) -> None:
-        """Keep the last state, whatever the checkpoint interval."""
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.trainer.save_checkpoint(self.folder / "last.ckpt")
 
 
 def run_verb(spec: Spec, verb: str, args: list[str], scale: str, stage: str | None) -> None:

@@ -12,7 +12,7 @@ from experiments.llm_ql.__main__ import main as llm_ql
 Folder = Callable[..., Path]
 
 
-@pytest.fixture()
+@pytest.fixture
 def beir(tmp_path: Path) -> Folder:
     """Writes a BEIR folder; keyword arguments replace whole files (None leaves one out)."""
 
