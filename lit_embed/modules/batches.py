@@ -165,13 +165,10 @@ class LikelihoodCollator:
     def source(self, text: str, kind: Kind, generator: torch.Generator | None = None) -> list[int]:
         """The encoded side: corrupted, wrapped, ending with the end token."""
         if self.unit == "word":
-            text = corrupt_words(text, self.rate, generator, mask=self.mask)
-        ids: list[int] = self.tokenizer([text], kind).ids.tolist()
-        if self.unit == "word":
-            return ids
-        before, after = self.tokenizer.frame(kind)
-        stop = len(ids) - after
-        return ids[:before] + corrupt_tokens(ids[before:stop], self.rate, self.mask_id, generator) + ids[stop:]
+            hidden = corrupt_words(text, self.rate, generator, mask=self.mask)
+            return self.tokenizer([hidden], kind).ids.tolist()
+        ids, start, stop = self.tokenizer.framed(text, kind)
+        return ids[:start] + corrupt_tokens(ids[start:stop], self.rate, self.mask_id, generator) + ids[stop:]
 
     def target(self, text: str, kind: Kind) -> list[int]:
         """The generated side: no prompt, an end token, which is a target too."""

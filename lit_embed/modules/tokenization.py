@@ -79,11 +79,20 @@ class TextTokenizer:
         rows = self.tokenizer(wrapped, truncation=length is not None, max_length=length, return_attention_mask=False)
         return Tokens.from_lists(rows["input_ids"])
 
-    def frame(self, kind: Kind) -> tuple[int, int]:
-        """Tokens that stand before and behind the text itself: prompt and special tokens, suffix and end token."""
+    def framed(self, text: str, kind: Kind) -> tuple[list[int], int, int]:
+        """Token ids of a text, and where the text itself begins and ends among them.
+
+        A token that holds the end of the prompt and the beginning of the text belongs to the text.
+        """
+        prompt, length = self.prompts[kind], self.lengths[kind]
+        row = self.tokenizer(
+            prompt + text, truncation=length is not None, max_length=length, return_offsets_mapping=True
+        )
         before, after = _frame(self.tokenizer)
-        prompt = len(self.plain([self.prompts[kind]])[0]) if self.prompts[kind] else 0
-        return len(before) + prompt, len(after)
+        ids: list[int] = row["input_ids"]
+        stop = len(ids) - len(after)
+        within = (at for at in range(len(before), stop) if row["offset_mapping"][at][1] > len(prompt))
+        return ids, next(within, stop), stop
 
     def plain(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token ids of texts alone: no prompt, no special tokens."""
