@@ -4,13 +4,13 @@
 three read text with one byte-level vocabulary, so ordinary text has the same ids everywhere and any UTF-8 text survives
 a round trip (one leading space excepted, see below); only the special tokens, at the end of the vocabulary, differ:
 
-============ ========================= ================== =============== =====================
-preset       a text becomes            end of text (eos)  padding         others
-============ ========================= ================== =============== =====================
-tiny-qwen3   ``text``                  ``<|im_end|>``     ``<|endoftext|>`` ``<|im_start|>``
-tiny-llama   ``<s> text``              ``</s>``           ``<pad>``       ``<unk>``
-tiny-bert    ``[CLS] text [SEP]``      ``[SEP]``          ``[PAD]``       ``[MASK]`` ``[UNK]``
-============ ========================= ================== =============== =====================
+============ ====================== ============== ================= ====================
+preset       a text becomes         end (eos)      padding           others
+============ ====================== ============== ================= ====================
+tiny-qwen3   ``text``               ``<|im_end|>`` ``<|endoftext|>`` ``<|im_start|>``
+tiny-llama   ``<s> text``           ``</s>``       ``<pad>``         ``<unk>``
+tiny-bert    ``[CLS] text [SEP]``   ``[SEP]``      ``[PAD]``         ``[MASK] [UNK]``
+============ ====================== ============== ================= ====================
 
 A missing space before the first word is supplied (and taken away again in decoding), so that the first word has the
 same token as elsewhere; so is one after a special token. Digits are tokens of their own.
