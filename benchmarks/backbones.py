@@ -44,8 +44,9 @@ def save_backbone(family: str, layers: int, width: int, folder: Path) -> tuple[s
 
 def sentence_transformer(family: str, folder: str) -> Any:
     """The peer's model from the same folder: transformer, pooling, normalisation."""
-    from sentence_transformers import SentenceTransformer, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    transformer = models.Transformer(folder)
-    pooling = models.Pooling(transformer.get_embedding_dimension(), pooling_mode=POOLING[family][1])
-    return SentenceTransformer(modules=[transformer, pooling, models.Normalize()], device="cpu")
+    transformer = Transformer(folder)
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=POOLING[family][1])
+    return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")

@@ -7,7 +7,7 @@ beforehand. 32 queries of 5-15 tokens, each with a positive and a hard negative 
 import random
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def batch_texts(words: list[str], seed: int) -> tuple[list[str], list[str], list
     return queries, documents[:QUERIES], documents[QUERIES:]
 
 
-def our_steps(folder: str, family: str, batches: list[tuple[list[str], ...]]) -> tuple[Any, dict[str, Any]]:
+def our_steps(folder: str, family: str, batches: Sequence[tuple[list[str], ...]]) -> tuple[Any, dict[str, Any]]:
     """Our encoder and the two kinds of step; a step runs over all batches and returns their losses."""
     from lit_embed.methods.dense import Dense
     from lit_embed.modules.batches import PairBatch, PairCollator
@@ -64,7 +64,7 @@ def our_steps(folder: str, family: str, batches: list[tuple[list[str], ...]]) ->
     return method.encoder.model, {name: _over(step, ready) for name, step in steps.items()}
 
 
-def their_steps(folder: str, family: str, batches: list[tuple[list[str], ...]]) -> tuple[Any, dict[str, Any]]:
+def their_steps(folder: str, family: str, batches: Sequence[tuple[list[str], ...]]) -> tuple[Any, dict[str, Any]]:
     """The same for sentence-transformers, its losses with their default mini-batches."""
     from sentence_transformers.sentence_transformer import losses
 
