@@ -272,9 +272,8 @@ def write_export(spec: Spec, checkpoint: Path, output: Path, form: str) -> None:
 
 def _consolidate(folder: Path) -> dict[str, Any]:
     from lightning.fabric.utilities.load import _load_distributed_checkpoint
-    from lightning.pytorch.utilities.consolidate_checkpoint import _format_checkpoint
 
-    return _format_checkpoint(_load_distributed_checkpoint(folder))
+    return _load_distributed_checkpoint(folder)
 
 
 def _check_devices(trainer: Any) -> None:
