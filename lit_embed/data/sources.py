@@ -51,7 +51,10 @@ class Source(Protocol):
 
 @dataclass
 class WorldSource:
-    """The built-in synthetic collection; its splits are ``train``, ``dev`` and ``test``."""
+    """The built-in synthetic collection; its splits are ``train``, ``dev`` and ``test``.
+
+    Training has the passages about its own entities, evaluation those about all others: nothing that is ranked was seen.
+    """
 
     config: WorldConfig
     val_split: str = "dev"
@@ -72,7 +75,13 @@ class WorldSource:
         world = build_world(self.config)
         if split not in world.queries:
             raise InputError(f"the built-in world has no split '{split}', only {', '.join(world.queries)}")
-        return Collection(self.name, world.corpus, world.queries[split], world.qrels[split])
+        training = split == "train"
+        corpus = {
+            doc_id: text
+            for doc_id, text in world.corpus.items()
+            if (world.entities[world.documents[doc_id].entity].split == "train") == training
+        }
+        return Collection(self.name, corpus, world.queries[split], world.qrels[split])
 
 
 @dataclass

@@ -31,7 +31,7 @@ class WorldConfig:
 
     Args:
         seed: Seed of all draws.
-        documents: Passages of the corpus, which all splits share.
+        documents: Passages; seven tenths are about entities of training, the others make up the corpus of evaluation.
         train_questions: Training questions.
         dev_questions: Validation questions.
         test_questions: Test questions.
@@ -50,7 +50,7 @@ class WorldConfig:
     """
 
     seed: int = 0
-    documents: int = 1500
+    documents: int = 4000
     train_questions: int = 8000
     dev_questions: int = 100
     test_questions: int = 300
