@@ -1,7 +1,8 @@
 """What every method's LightningModule shares: optimiser, schedule, clipping, checkpoints that know their method."""
 
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -13,6 +14,7 @@ from lit_core.optim import Schedule, build_schedule, clip_gradients, parameter_g
 from lit_core.sharding import average_gradients
 
 METHOD_KEY = "lit_method"
+INSTANTIATOR = "_instantiator"  # lightning's key for who turns saved arguments into an object
 
 
 class Method(LightningModule):
@@ -61,6 +63,9 @@ class Method(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the method, and leave frozen weights out: the backbone they came from still holds them."""
         checkpoint[METHOD_KEY] = type(self).__name__
+        settings = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if settings and INSTANTIATOR not in settings:  # not built by the command line
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = _plain(settings)
         if self.device_mesh is None:  # a sharded checkpoint is read back name by name, and must be whole
             frozen, state = self._frozen(), checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in frozen}
@@ -80,6 +85,16 @@ class Method(LightningModule):
         """Names of untrained weights, all names of those that several modules share."""
         named = self.named_parameters(remove_duplicate=False)
         return {name for name, parameter in named if not parameter.requires_grad}
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a method as the command line saves them: no classes, so that ``weights_only`` loading takes them.
+
+    A function that builds the optimizer cannot be saved; a loaded method has the default one.
+    """
+    values = {name: value for name, value in settings.items() if not callable(value)}
+    plain = {name: asdict(cast(Any, value)) if is_dataclass(value) else value for name, value in values.items()}
+    return {**plain, INSTANTIATOR: "lightning.pytorch.cli.instantiate_module"}
 
 
 def check_method(checkpoint: dict[str, Any], method: str, path: Path | str | None = None) -> None:
