@@ -8,9 +8,10 @@ it (multi-hop). A retriever has to learn which words mean the same and which fac
 
 What a test score means: entities are divided among the splits, siblings and relations included, and no document about
 another split's entity is relevant to a question. So no relevant document of a test question was a positive in
-training, and no question text occurs in two splits; the concepts are shared, that is what training teaches. ``World.corpus``
-has the passages of all splits; the data module ranks only those about entities outside training. The unpaired ``texts`` stand in for a language model's prior: they say which words mean the same,
-in sentences about nothing in the corpus.
+training, and no question text occurs in two splits; the concepts are shared, that is what training teaches.
+``World.corpus`` has the passages of all splits; the data module ranks only those about entities outside training. The
+unpaired ``texts`` stand in for a language model's prior: they say which words mean the same, in sentences about nothing
+in the corpus.
 """
 
 from lit_embed.data.world.facts import Document, Entity, FactIndex, Hop, Question
