@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 VOCAB_SIZE = 4096  # rows of the embedding matrix; a few at the end stay unused
 SPECIAL_TOKENS = 8  # rows kept free for special tokens
-MAX_LENGTH = 1024  # tokens
+MAX_LENGTH = 256  # tokens that the tokenizers keep by default; longer texts cost minutes on two cores
+MAX_POSITIONS = 1024  # tokens that the models can read
 DIGIT = "[0-9]"
 
 
@@ -67,7 +68,7 @@ _DECODER = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": MAX_LENGTH,
+    "max_position_embeddings": MAX_POSITIONS,
     "tie_word_embeddings": True,
 }
 _ENCODER = {
@@ -75,7 +76,7 @@ _ENCODER = {
     "intermediate_size": 384,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "max_position_embeddings": MAX_LENGTH,
+    "max_position_embeddings": MAX_POSITIONS,
 }
 PRESETS: dict[str, Preset] = {
     preset.name: preset
