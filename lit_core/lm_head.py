@@ -127,10 +127,13 @@ class _CrossEntropySum(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("cross_entropy can be pulled back once: its gradients are scaled in place")
         grads, (weight_dtype, bias_dtype) = ctx.gradients, ctx.dtypes
-        hidden = None if grads.hidden is None else grads.hidden * outer.to(grads.hidden.dtype)
-        weight = None if grads.weight is None else (grads.weight * outer).to(weight_dtype)
-        bias = None if grads.bias is None else (grads.bias * outer).to(bias_dtype)
+        ctx.gradients = None  # a second copy of the weight's gradient would be the peak of the whole step
+        hidden = None if grads.hidden is None else grads.hidden.mul_(outer)
+        weight = None if grads.weight is None else grads.weight.mul_(outer).to(weight_dtype)
+        bias = None if grads.bias is None else grads.bias.mul_(outer).to(bias_dtype)
         return hidden, weight, None, bias, None
 
 

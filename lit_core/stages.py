@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,13 +42,13 @@ class FolderConfig(SaveConfigCallback):
     """Writes ``config.yaml`` into the run's folder.
 
     Args:
+        parser: Parser of the verb.
+        config: What it has parsed.
         folder: The run's folder.
-        *args: Parser and configuration.
-        **kwargs: Options of the base class.
     """
 
-    def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
+    def __init__(self, parser: LightningArgumentParser, config: Any, folder: Path) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
         self.folder = folder
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -81,31 +82,32 @@ class ExperimentCLI(LightningCLI):
         complete = {"default_config_files": [str(path) for path in configs[:1]]}
         chatter = logging.getLogger("lightning")
         chatter.setLevel(logging.WARNING if quiet else logging.INFO)
-        program, sys.argv = sys.argv, sys.argv[:1]  # lightning warns about arguments given twice
-        try:
-            super().__init__(
-                load(spec.method),
-                load(spec.data),
-                args=[args[0], *overlays, *args[1:]],
-                parser_class=Parser,
-                parser_kwargs=dict.fromkeys(self.subcommands(), complete),
-                auto_configure_optimizers=False,
-                seed_everything_default=0,
-                save_config_callback=FolderConfig,
-                save_config_kwargs={"folder": folder},
-                trainer_defaults={
-                    "use_distributed_sampler": False,  # our samplers shard by rank themselves
-                    "num_sanity_val_steps": 0,  # a part of a corpus cannot be evaluated
-                    "log_every_n_steps": 10,
-                },
-            )
-        finally:
-            sys.argv = program
+        super().__init__(
+            load(spec.method),
+            load(spec.data),
+            args=[args[0], *overlays, *args[1:]],
+            parser_class=Parser,
+            parser_kwargs=dict.fromkeys(self.subcommands(), complete),
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=FolderConfig,
+            save_config_kwargs={"folder": folder},
+            trainer_defaults={
+                "use_distributed_sampler": False,  # our samplers shard by rank themselves
+                "num_sanity_val_steps": 0,  # a part of a corpus cannot be evaluated
+                "log_every_n_steps": 10,
+            },
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
-            {"checkpoint.save_last": True, "checkpoint.save_top_k": 0, "checkpoint.every_n_train_steps": 100}
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.save_top_k": 0,
+                "checkpoint.every_n_train_steps": 100,
+                "checkpoint.enable_version_counter": False,  # last.ckpt is always the last one
+            }
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -159,28 +161,61 @@ def run_verb(spec: Spec, verb: str, args: list[str], scale: str, stage: str | No
     """Run a trainer verb; ``fit`` of a method in stages runs them all, each from the export of the one before."""
     only_asks = any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args)
     resumes = any(arg.startswith("--ckpt_path") for arg in args)
-    folder = run_folder(spec, verb, args, resumes)
-    if verb != "fit" or not spec.stages or stage is not None or only_asks or resumes:
-        stage = stage or (_stage_of_checkpoint(spec, args) if resumes else None) or (spec.stages or (None,))[-1]
-        here = folder / stage if stage and verb == "fit" else folder
-        cli = ExperimentCLI(spec, [verb, *_with_last(args, here)], spec.configs(scale, stage), here)
-        if verb == "fit":
-            _test(cli)
-        rank_zero_info(f"everything of this run is in {here}")
+    if verb == "fit" and spec.stages and stage is None and not only_asks and not resumes:
+        _fit_in_stages(spec, args, scale)
         return
+    folder = run_folder(spec, verb, args, resumes)
+    stage = stage or (_stage_of_checkpoint(spec, args) if resumes else None) or (spec.stages or (None,))[-1]
+    here = folder / stage if stage and verb == "fit" else folder
+    cli = ExperimentCLI(spec, [verb, *_with_last(args, here)], spec.configs(scale, stage), here)
+    if verb == "fit":
+        _test(cli)
+    rank_zero_info(f"everything of this run is in {here}")
+
+
+def _fit_in_stages(spec: Spec, args: list[str], scale: str) -> None:
+    """One fit a stage. Where lightning starts the processes of several devices, every stage is a command of its own."""
+    started_by_lightning = FOLDER_VARIABLE in os.environ and "LOCAL_RANK" in os.environ
+    started_by_launcher = not started_by_lightning and "LOCAL_RANK" in os.environ
+    folder = run_folder(spec, "fit", args, resumes=False)
+    several = False
     for number, name in enumerate(spec.stages):
-        rank_zero_info(f"stage {number + 1} of {len(spec.stages)}: {name}")
         here = folder / name
-        cli = ExperimentCLI(spec, ["fit", *args], spec.configs(scale, name), here)
-        last = number + 1 == len(spec.stages)
-        if last:
-            _test(cli)
-        elif not cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        rank_zero_info(f"stage {number + 1} of {len(spec.stages)}: {name}")
+        if several:
+            _fit_stage_apart(spec, [*args, "--scale", scale, "--stage", name], folder)
+        else:
+            cli = ExperimentCLI(spec, ["fit", *args], spec.configs(scale, name), here)
+            if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                return
+            several = cli.trainer.world_size > 1 and not started_by_launcher
+            if number + 1 == len(spec.stages):
+                _test(cli)
+            if started_by_lightning:
+                return  # the first process goes on
+        if number + 1 < len(spec.stages):
             write_export(spec, here / "last.ckpt", here / "export", "merged")
-            cli.trainer.strategy.barrier()
+            if started_by_launcher:
+                cli.trainer.strategy.barrier()
             args = [*take(args, "--model.backbone", None)[1], f"--model.backbone={here / 'export'}"]
-        del cli
     rank_zero_info(f"everything of this run is in {folder}")
+
+
+def _fit_stage_apart(spec: Spec, args: list[str], folder: Path) -> None:
+    left = (
+        "LOCAL_RANK",
+        "NODE_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        FOLDER_VARIABLE,
+    )  # by the stage before
+    environment = {name: value for name, value in os.environ.items() if name not in left}
+    place = ["--trainer.default_root_dir", str(folder)]
+    rest = take(args, "--trainer.default_root_dir", None)[1]
+    command = [sys.executable, "-m", f"experiments.{spec.name}", "fit", *rest, *place]
+    if code := subprocess.run(command, env=environment, check=False).returncode:
+        raise SystemExit(code)
 
 
 def _test(cli: ExperimentCLI) -> None:
@@ -201,7 +236,7 @@ def run_folder(spec: Spec, verb: str, args: Sequence[str], resumes: bool) -> Pat
     if resumes and verb == "fit" and not chosen and checkpoint not in (None, "last", "best"):
         folder = Path(str(checkpoint)).parent
         folder = folder.parent if folder.name in spec.stages else folder
-    elif not resumes and not chosen and verb == "fit":
+    elif not resumes and not chosen and verb == "fit" and "LOCAL_RANK" not in os.environ:
         number = 2
         while folder.exists() and any(folder.rglob("last.ckpt")):  # never over an earlier run
             folder = folder.with_name(f"seed{seed}-{number}")

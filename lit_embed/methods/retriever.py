@@ -111,7 +111,7 @@ class Retriever(Method):
         update_metrics(self.validation_metrics, *self.collected, collection.qrels, top_k=100)
         values = self.validation_metrics.compute()
         self.validation_metrics.reset()
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=True)
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=True, sync_dist=True)
 
     def on_test_epoch_start(self) -> None:
         self.collected = (Vectors(), Vectors())
@@ -124,7 +124,7 @@ class Retriever(Method):
         collection = self._data().collection("test")
         self.runs = {type(self).__name__: dense_run(*self.collected, self.top_k)}
         values = evaluate(self.runs[type(self).__name__], collection.qrels, METRICS)
-        self.log_dict({f"test/{name}": value for name, value in values.items()})
+        self.log_dict({f"test/{name}": value for name, value in values.items()}, sync_dist=True)
         self.runs |= self.further_runs(collection)
 
     def further_runs(self, collection: Any) -> dict[str, Run]:

@@ -18,7 +18,7 @@ from lit_embed.modules.tokenization import EncoderConfig, Kind, TextTokenizer
 from lit_embed.modules.tokens import Tokens, plan_chunks, plan_equal_chunks
 
 DEFAULT_LENGTH = 512  # tokens, where neither the user, the folder nor the tokenizer says less
-CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 2048, 32768
+CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 32768
 
 
 class Encoder(nn.Module):

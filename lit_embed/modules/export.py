@@ -8,7 +8,6 @@ from shutil import rmtree
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 
 from lit_core.backbones import unwrap
@@ -81,6 +80,8 @@ def save_model(model: Any, folder: Path, form: str, base: str, output: Path) -> 
     """
     if form not in get_args(ExportForm):
         raise InputError(f"form must be one of {', '.join(get_args(ExportForm))}, got '{form}'")
+    from peft import PeftModel  # takes seconds to import, and help needs none of it
+
     if form == "adapter":
         if not isinstance(model, PeftModel):
             raise InputError("there is no adapter to export: the model was trained without --model.lora.r")
@@ -97,7 +98,7 @@ def save_model(model: Any, folder: Path, form: str, base: str, output: Path) -> 
     model.config._attn_implementation = attention
 
 
-def _base(model: PeftModel, folder: Path, base: str, output: Path) -> str:
+def _base(model: Any, folder: Path, base: str, output: Path) -> str:
     path = Path(base)
     if (path / "config.json").is_file():
         return str(path.resolve())

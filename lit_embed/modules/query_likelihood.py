@@ -45,7 +45,7 @@ class QueryLikelihood(nn.Module):
         form: How attention stop is computed: ``split`` two mask-free attention calls a layer; ``two_pass`` documents
             first, then queries on the end token's cached column; ``dense`` one 4D mask, the reference. All are exact.
         stop: Attention stop; False lets query tokens see the whole document.
-        chunk_tokens: Padded tokens a forward pass takes at once; by default 2,048 on a CPU and 32,768 on a GPU.
+        chunk_tokens: Padded tokens a forward pass takes at once; by default 512 on a CPU and 32,768 on a GPU.
     """
 
     def __init__(

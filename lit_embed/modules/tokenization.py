@@ -26,7 +26,7 @@ class EncoderConfig:
         suffix: Text put after every text, before the end token; never truncated.
         query_length: Most tokens of a query, everything included.
         passage_length: Most tokens of a passage, everything included.
-        chunk_tokens: Padded tokens a forward pass takes at once; by default 2,048 on a CPU and 32,768 on a GPU.
+        chunk_tokens: Padded tokens a forward pass takes at once; by default 512 on a CPU and 32,768 on a GPU.
     """
 
     pooling: Pooling | None = None
