@@ -9,7 +9,7 @@ from lit_core.backbones import BackboneConfig, Lora
 from lit_core.errors import InputError
 from lit_core.files import write_json
 from lit_core.presets import preset_config, preset_tokenizer
-from lit_embed.modules.encoder import Encoder, build_encoder
+from lit_embed.modules.encoder import DEFAULT_LENGTH, Encoder, build_encoder
 from lit_embed.modules.tokenization import EncoderConfig
 
 TEXTS = ["the 42", "a vessel of the kind that carries nine others over the river at night", "and", "so it is said"] * 2
@@ -124,7 +124,7 @@ def test_defaults_follow_the_backbone() -> None:
     decoder, bert = build_encoder("tiny-llama", lora=Lora(r=2)), build_encoder("tiny-bert")
     assert (decoder.causal, decoder.config.pooling) == (True, "eos")
     assert (bert.causal, bert.config.pooling) == (False, "mean")
-    assert bert.config.query_length == 512
+    assert bert.config.query_length == DEFAULT_LENGTH
     assert bert.config.normalize is True
 
 
