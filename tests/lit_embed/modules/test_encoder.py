@@ -124,7 +124,7 @@ def test_defaults_follow_the_backbone() -> None:
     decoder, bert = build_encoder("tiny-llama", lora=Lora(r=2)), build_encoder("tiny-bert")
     assert (decoder.causal, decoder.config.pooling) == (True, "eos")
     assert (bert.causal, bert.config.pooling) == (False, "mean")
-    assert bert.config.query_length == DEFAULT_LENGTH
+    assert bert.config.query_length == min(bert.tokenizer.model_max_length, DEFAULT_LENGTH)
     assert bert.config.normalize is True
 
 
