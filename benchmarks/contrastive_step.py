@@ -104,7 +104,7 @@ def compare(family: str, quick: bool) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder, tokenizer = save_backbone(family, 4, 256, Path(name))
         words = words_of_one_token(tokenizer)
-        batches = [batch_texts(words, 10 * seed) for seed in range(2 if quick else 4)]
+        batches = [batch_texts(words, 10 * seed) for seed in range(2 if quick else 3)]
         our_model, ours = our_steps(folder, family, batches)
         their_model, theirs = their_steps(folder, family, batches)
         rows = []
@@ -112,7 +112,7 @@ def compare(family: str, quick: bool) -> list[dict[str, Any]]:
             losses = zip(ours[kind](), theirs[kind](), strict=True)
             loss_difference = max(abs(a - b) for a, b in losses)
             gradients = gradient_difference(our_model, their_model)
-            times = alternate({"ours": ours[kind], "theirs": theirs[kind]}, 3 if quick else 7)
+            times = alternate({"ours": ours[kind], "theirs": theirs[kind]}, 2 if quick else 5)
             ratio = times["theirs"].cpu_median / times["ours"].cpu_median
             rows.append(
                 {
