@@ -53,7 +53,7 @@ class Source(Protocol):
 class WorldSource:
     """The built-in synthetic collection; its splits are ``train``, ``dev`` and ``test``.
 
-    Training has the passages about its own entities, evaluation those about all others: nothing that is ranked was seen.
+    Training has the passages about its own entities, evaluation those about all others, which training never saw.
     """
 
     config: WorldConfig

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_core.backbones import BackboneConfig, Lora, Quantization, load_backbone, text_model, unwrap
@@ -22,6 +23,7 @@ from lit_embed.retrieval.bm25 import BM25
 from lit_embed.retrieval.ranking import Run
 
 Stage = Literal["query_likelihood", "contrastive"]
+SMALL_GAP = 0.1  # nats a token; a trained bridge gives 1 to 4 (card section 7)
 
 
 class LLMQL(Dense):
@@ -164,6 +166,15 @@ class LLMQL(Dense):
         other = self.likelihood(batch.shuffled, batch.queries)
         values = {"val/loss": true, "val/loss_shuffled": other, "val/ql_gap": other - true}
         self._log_pairs(values, len(batch.queries))
+
+    def on_train_end(self) -> None:
+        """Say so where the first stage has not learned to read documents: the second then starts from nothing."""
+        gap = self.trainer.callback_metrics.get("val/ql_gap")
+        if self.stage == "query_likelihood" and gap is not None and gap < SMALL_GAP:
+            rank_zero_info(
+                f"val/ql_gap is {float(gap):.3f} nats a token: queries are not yet read off their documents; train "
+                "this stage longer before the contrastive one"
+            )
 
     def further_runs(self, collection: Any) -> dict[str, Run]:
         """In the first stage, BM25's best documents re-ranked by query likelihood, and BM25 itself below them."""
