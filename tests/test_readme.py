@@ -9,8 +9,8 @@ import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 COMMAND = re.compile(r"python -m (experiments(?:\.\w+)?)(.*)")
-SMALL = ["--scale", "smoke", "--data.world.documents=120", "--data.world.train_questions=100",
-         "--data.world.dev_questions=10", "--data.world.test_questions=12", "--trainer.enable_progress_bar=false"]  # fmt: skip
+SMALL = ["--scale", "smoke", "--trainer.enable_progress_bar=false", "--data.world.documents=120"]
+SMALL += [f"--data.world.{split}_questions={count}" for split, count in (("train", 100), ("dev", 10), ("test", 12))]
 
 
 def commands() -> list[tuple[str, list[str]]]:

@@ -68,7 +68,7 @@ def test_token_log_probs_and_entropy_equal_full_logits(chunk_logits: int) -> Non
 
 
 def test_only_the_needed_gradients_are_formed() -> None:
-    hidden, weight, bias, targets = problem(torch.float32)
+    hidden, weight, _, targets = problem(torch.float32)
     (grad,) = torch.autograd.grad(token_log_probs(hidden, weight.detach(), targets).log_probs.sum(), hidden)
     full = (hidden @ weight.detach().T).log_softmax(1).gather(1, targets[:, None]).sum()
     torch.testing.assert_close(grad, torch.autograd.grad(full, hidden)[0])
