@@ -6,7 +6,8 @@ from shutil import copyfile
 from typing import Any, Protocol
 
 from lit_core.reproduce import Arm, ArmContext, write_results
-from lit_core.stages import ExperimentCLI, Setting
+from lit_core.setting import Setting
+from lit_core.stages import ExperimentCLI
 from lit_embed.methods.retriever import METRICS
 from lit_embed.retrieval.evaluate import evaluate_per_query
 from lit_embed.retrieval.ranking import Run

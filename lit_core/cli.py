@@ -30,7 +30,7 @@ class Spec:
         folder: Holds ``paper.yaml``, ``tiny.yaml``, ``smoke.yaml`` and ``<scale>.<stage>.yaml`` for stages.
         method: ``module:Class`` of the LightningModule.
         data: ``module:Class`` of the DataModule.
-        arms: ``module:function`` that builds the reproduction from a :class:`lit_core.stages.Setting`.
+        arms: ``module:function`` that builds the reproduction from a :class:`lit_core.setting.Setting`.
         stages: Names of the fits that make up the method, in order; each but the first starts from the folder that the
             one before has exported. Empty for a method of one fit.
         callbacks: ``module:Class`` of callbacks that every run has; each is built with the run's folder.
@@ -96,7 +96,7 @@ def guarded(action: Callable[[], None]) -> int:
 
 def _verb(spec: Spec, verb: str, args: list[str]) -> None:
     if verb == "reproduce":
-        from lit_core.stages import reproduce
+        from lit_core.setting import reproduce
 
         options, forwarded = _reproduce_parser(spec).parse_known_args(args)
         reproduce(spec, options, _check_forwarded(forwarded))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from experiments.retrieval import rank_test_queries, word_arm
 from lit_core.reproduce import Arm, ArmContext, Claim, Experiment
-from lit_core.stages import Setting
+from lit_core.setting import Setting
 from lit_embed.retrieval.bm25 import BM25
 from lit_embed.retrieval.word_ql import WordQueryLikelihood
 

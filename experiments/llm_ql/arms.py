@@ -14,7 +14,7 @@ import torch
 from experiments.retrieval import exported, finish, rank_test_queries, word_arm
 from lit_core.cli import Spec
 from lit_core.reproduce import Arm, ArmContext, Claim, Experiment, write_results
-from lit_core.stages import Setting
+from lit_core.setting import Setting
 from lit_embed.retrieval.bm25 import BM25
 from lit_embed.retrieval.word_ql import WordQueryLikelihood
 
