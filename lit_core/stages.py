@@ -79,8 +79,8 @@ class ExperimentCLI(LightningCLI):
         self.spec, self.folder, self.quiet, self.execute = spec, folder, quiet, execute
         overlays = [part for path in configs[1:] for part in ("--config", str(path))]
         complete = {"default_config_files": [str(path) for path in configs[:1]]}
-        chatter = logging.getLogger("lightning")
-        chatter.setLevel(logging.WARNING if quiet else logging.INFO)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING if quiet else logging.INFO)
         super().__init__(
             load(spec.method),
             load(spec.data),
