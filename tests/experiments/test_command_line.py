@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from experiments.__main__ import summaries
 from experiments.dense.__main__ import main as dense
 from experiments.llm_ql.__main__ import main as llm_ql
+from lit_embed.data.world import WorldConfig, build_world
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 SMALL = ("--scale", "smoke", "--data.world.documents=120", "--data.world.train_questions=100", "--data.batch_size=8",
@@ -64,8 +65,11 @@ def test_llm_ql_fits_in_stages_and_everything_downstream_works(tmp_path: Path) -
     assert json.loads((out / "results.json").read_text())["metrics"] == pytest.approx(fitted)
     assert llm_ql(["predict", *data]) == 0
     vectors = load_file(out / "corpus.safetensors")["vectors"]
-    assert len(vectors) == len(json.loads((out / "corpus.ids.json").read_text())) == 120
-    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(120))
+    ids = json.loads((out / "corpus.ids.json").read_text())
+    world = build_world(WorldConfig(documents=120, train_questions=100, dev_questions=10, test_questions=12))
+    unseen = {d for d, facts in world.documents.items() if world.entities[facts.entity].split != "train"}
+    assert set(ids) == unseen
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(ids)))
 
     assert llm_ql(["export", "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "folder")]) == 0
     from sentence_transformers import SentenceTransformer
