@@ -63,7 +63,7 @@ def compare(family: str, layers: int, width: int, count: int, repetitions: int) 
 def main() -> int:
     """Compare on both backbones; 1 where vectors differ."""
     settings = arguments(__doc__)
-    count, repetitions = (800, 2) if settings.quick else (4000, 3)
+    count, repetitions = (800, 2) if settings.quick else (4000, 2)
     announce(
         "Encoding",
         ("torch", "transformers", "sentence-transformers"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_core.backbones import BackboneConfig, Lora, Quantization, load_backbone, load_tokenizer, text_model
 from lit_core.errors import InputError
 from lit_core.files import read_json
+from lit_core.packed import packed_linears
 from lit_core.progress import track
 from lit_embed.functional.pooling import Pooling, finish, pool
 from lit_embed.modules.tokenization import EncoderConfig, Kind, TextTokenizer
@@ -119,8 +120,9 @@ class Encoder(nn.Module):
         parts = []
         blocks = range(0, len(distinct), block)
         title = {"query": "encoding queries", "passage": "encoding passages"}[kind]
-        for start in track(blocks, title, unit="block") if progress else blocks:
-            parts.append(self(self.tokenize(distinct[start : start + block], kind).to(device)).cpu())
+        with packed_linears(self.model):
+            for start in track(blocks, title, unit="block") if progress else blocks:
+                parts.append(self(self.tokenize(distinct[start : start + block], kind).to(device)).cpu())
         self.train(training)
         if not parts:
             return torch.empty(0, self.embedding_dimension)
