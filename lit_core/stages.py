@@ -76,6 +76,7 @@ class ExperimentCLI(LightningCLI):
         quiet: bool = False,
         execute: bool = True,
     ) -> None:
+        folder = folder.absolute()  # loggers write from threads of their own, whatever the working directory is by then
         self.spec, self.folder, self.quiet, self.execute = spec, folder, quiet, execute
         overlays = [part for path in configs[1:] for part in ("--config", str(path))]
         complete = {"default_config_files": [str(path) for path in configs[:1]]}
