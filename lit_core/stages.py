@@ -161,6 +161,8 @@ def run_verb(spec: Spec, verb: str, args: list[str], scale: str, stage: str | No
     """Run a trainer verb; ``fit`` of a method in stages runs them all, each from the export of the one before."""
     only_asks = any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args)
     resumes = any(arg.startswith("--ckpt_path") for arg in args)
+    if spec.stages and stage is None:
+        stage, _ = take(args, "--model.stage", None)
     if verb == "fit" and spec.stages and stage is None and not only_asks and not resumes:
         _fit_in_stages(spec, args, scale)
         return

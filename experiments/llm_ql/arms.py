@@ -1,9 +1,10 @@
 """What LLM-QL is compared with.
 
-Every arm of a seed starts from one language model, trained on unpaired texts, and sees the same pairs in the same
-order. ``contrastive_equal`` takes as many steps as both stages of LLM-QL together.
+Every arm starts from one language model, trained on unpaired texts, which stands for the pre-trained backbone, and a
+seed's arms see the same pairs in the same order. ``contrastive_equal`` sees as many pairs as both stages of LLM-QL.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ def build(setting: Setting) -> Experiment:
         return Arm(name, title, lambda context: _two_stages(setting, context, flags), main=main, needs=needs)
 
     arms = (
-        Arm("prior", "language model", lambda context: _prior(setting, context), main=False, hidden=True),
+        Arm("prior", "language model", lambda context: _prior(setting, context), main=False, seeded=False, hidden=True),
         word_arm(setting, "bm25", "BM25", BM25, main=True),
         word_arm(setting, "ql_dirichlet", "word QL, Dirichlet", WordQueryLikelihood, main=False),
         word_arm(
@@ -63,7 +64,7 @@ def build(setting: Setting) -> Experiment:
     )
     metric = "ndcg@10"
     claims = (
-        Claim("The QL stage beats as many further contrastive steps", metric, "llm_ql", "contrastive_equal"),
+        Claim("The QL stage beats contrastive training on as many further pairs", metric, "llm_ql", "contrastive_equal"),
         Claim("LLM-QL beats BM25", metric, "llm_ql", "bm25"),
         Claim("The QL stage helps the same contrastive stage", metric, "llm_ql", "contrastive"),
         Claim("Attention stop helps the retriever", metric, "llm_ql", "no_stop"),
@@ -72,11 +73,12 @@ def build(setting: Setting) -> Experiment:
         Claim("QL re-ranking beats its first stage", metric, "rerank", "bm25"),
         Claim("QL re-ranking beats word-based QL", metric, "rerank", "ql_dirichlet"),
     )
-    return Experiment("llm_ql", arms, claims, ("ndcg@10", "mrr@10", "recall@100", "ql_gap"), setting.fingerprint())
+    fingerprint = "\n".join((setting.fingerprint(), replace(setting, spec=PRIOR).fingerprint()))
+    return Experiment("llm_ql", arms, claims, ("ndcg@10", "mrr@10", "recall@100", "ql_gap"), fingerprint)
 
 
 def _prior(setting: Setting, context: ArmContext) -> None:
-    flags = [flag for flag in setting.flags if flag.startswith("--model.backbone")]
+    flags = [flag for flag in setting.flags if flag.startswith(("--model.backbone", "--data.world"))]
     cli = replace(setting, flags=()).fit(context.folder / "fit", context.seed, flags, spec=PRIOR)
     exported(cli, context.folder / "export")
     loss = float(cli.trainer.callback_metrics.get("val/loss", torch.tensor(0.0)))
@@ -87,8 +89,11 @@ def _prior(setting: Setting, context: ArmContext) -> None:
 def _contrastive(setting: Setting, context: ArmContext, equal: bool) -> None:
     flags = _start(context)
     if equal:
-        steps = sum(setting.value(stage, "trainer.max_steps") for stage in (QL, CONTRASTIVE))
-        flags.append(f"--trainer.max_steps={steps}")
+        pairs = sum(
+            setting.value(stage, "trainer.max_steps") * setting.value(stage, "data.batch_size")
+            for stage in (QL, CONTRASTIVE)
+        )
+        flags.append(f"--trainer.max_steps={math.ceil(pairs / setting.value(CONTRASTIVE, 'data.batch_size'))}")
     cli = setting.fit(context.folder / CONTRASTIVE, context.seed, flags, CONTRASTIVE)
     rank_test_queries(context, cli)
 

@@ -30,6 +30,8 @@ QUESTIONS = {  # by number of facts; the first ones of each group name the kind
     3: ("which {kind} {0} was {v1} {v2}", "{v0} {v1} {kind} {2}", "the {kind} {v0} {v1} {v2}", "{kind} {0} {1} {v2}"),
 }
 KINDLESS_QUESTIONS = ("what was {0} and {1} {v2}", "anything {0} {1} {2}", "what is {v0} {v1} {2}")
+KEYWORDS = {2: "{kind} {v0} {v1}", 3: "{kind} {v0} {v1} {v2}"}  # by number of facts
+KINDLESS_KEYWORDS = "{v0} {v1} {v2}"
 HOP_QUESTIONS = (
     "what {ask} has the {target} {relation} the {v0} {v1} {kind}",
     "{ask} of the {target} {relation} a {kind} {0} {v1}",
@@ -126,17 +128,22 @@ def passage(
     return " ".join(sentences + others)
 
 
-def unpaired_text(rng: random.Random, draw_fact: Callable[[], list[Fact]], kinds: int) -> str:
+def unpaired_text(
+    rng: random.Random, draw_fact: Callable[[], list[Fact]], kinds: int, keywords: float = 0.0
+) -> str:
     """Write one sentence about nothing in particular that shows how the two vocabularies go together.
 
     Args:
         rng: Chooses templates and forms.
         draw_fact: Draws three random facts of different types.
         kinds: Number of kinds to draw from.
+        keywords: Share of the question-like texts that are bare words.
     """
     facts, kind = draw_fact(), rng.randrange(kinds)
     family = rng.choice((SYNONYMS, RESTATEMENTS, MIXED, MIXED, QUESTIONS[2]))
     template = rng.choice(family)
+    if family is QUESTIONS[2] and keywords > 0 and rng.random() < keywords:
+        template = KEYWORDS[rng.choice((2, 3))]
     if family is MIXED or family is QUESTIONS[2]:
         return fill(template, kind, facts, sides(rng, 0.5))
     relation, names = rng.choice(RELATIONS), {"name": entity_name(rng), "other": entity_name(rng)}

@@ -38,6 +38,7 @@ class WorldConfig:
         texts: Unpaired sentences for language modelling.
         overlap: Probability that a question says a word or phrase as documents do; 0 leaves a lexical ranker only
             function words to match.
+        keywords: Share of the other questions that are bare words, kind and values, as search engines get them.
         multi_hop: Share of questions that ask for an attribute of a related entity.
         near_duplicates: Share of entities that a second passage tells again in other words.
         counterfactuals: Share of entities with a sibling that differs in one attribute (hard negatives).
@@ -56,6 +57,7 @@ class WorldConfig:
     test_questions: int = 300
     texts: int = 3000
     overlap: float = 0.5
+    keywords: float = 0.0
     multi_hop: float = 0.15
     near_duplicates: float = 0.25
     counterfactuals: float = 0.4
@@ -71,6 +73,7 @@ class WorldConfig:
             "test_questions": (0, 20000),
             "texts": (0, 200000),
             "overlap": (0, 1),
+            "keywords": (0, 1),
             "multi_hop": (0, 1),
             "near_duplicates": (0, 1),
             "counterfactuals": (0, 1),
@@ -184,7 +187,7 @@ def _questions(
     while len(drawn) < count and misses < MAX_MISSES:
         misses += 1
         multi = rng.random() < config.multi_hop and bool(hops)
-        question, template = _question(rng, index, rng.choice(hops if multi else rows), multi)
+        question, template = _question(rng, index, rng.choice(hops if multi else rows), multi, config.keywords)
         relevant = index.relevant(question)
         subjects = [index.entities[index.documents[row].entity] for row in relevant]
         if not 0 < len(relevant) <= MAX_RELEVANT or any(entity.split != split for entity in subjects):
@@ -203,7 +206,10 @@ def _questions(
     return drawn
 
 
-def _question(rng: random.Random, index: FactIndex, row: int, multi: bool) -> tuple[Question, str]:
+def _question(
+    rng: random.Random, index: FactIndex, row: int, multi: bool, keywords: float
+) -> tuple[Question, str]:
+    """Draw what to ask of a document and the template to ask it with."""
     document = index.documents[row]
     entity = index.entities[document.entity]
     if multi and entity.relation is not None:
@@ -211,10 +217,13 @@ def _question(rng: random.Random, index: FactIndex, row: int, multi: bool) -> tu
         template = rng.choice(wording.HOP_QUESTIONS)
         hop = Hop(relation, index.entities[target].kind, rng.choice(sorted(index.entities[target].facts)))
         return Question(entity.kind, _asked(rng, document, entity, 2), hop), template
+    bare = keywords > 0 and rng.random() < keywords
     if rng.random() < 0.15:
-        return Question(None, _asked(rng, document, entity, 3)), rng.choice(wording.KINDLESS_QUESTIONS)
+        template = wording.KINDLESS_KEYWORDS if bare else rng.choice(wording.KINDLESS_QUESTIONS)
+        return Question(None, _asked(rng, document, entity, 3)), template
     count = rng.choice((2, 3, 3))
-    return Question(entity.kind, _asked(rng, document, entity, count)), rng.choice(wording.QUESTIONS[count])
+    template = wording.KEYWORDS[count] if bare else rng.choice(wording.QUESTIONS[count])
+    return Question(entity.kind, _asked(rng, document, entity, count)), template
 
 
 def _asked(rng: random.Random, document: Document, entity: Entity, count: int) -> tuple[tuple[int, int], ...]:
@@ -239,7 +248,9 @@ def _question_text(rng: random.Random, overlap: float, question: Question, templ
 def _texts(rng: random.Random, config: WorldConfig, avoid: set[str]) -> list[str]:
     texts: list[str] = []
     while len(texts) < config.texts:
-        text = wording.unpaired_text(rng, lambda: list(draw_facts(rng, 3, config.values).items()), config.values)
+        text = wording.unpaired_text(
+            rng, lambda: list(draw_facts(rng, 3, config.values).items()), config.values, config.keywords
+        )
         if text not in avoid:
             texts.append(text)
     return texts
