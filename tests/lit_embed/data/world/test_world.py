@@ -173,6 +173,22 @@ def test_parts_do_not_move_each_other(small: World) -> None:
     assert other.texts == small.texts[:3]
 
 
+def test_keyword_questions_are_bare_kinds_and_values() -> None:
+    forms = {form for concept in KINDS for side in concept for form in side}
+    forms |= {form for t in ATTRIBUTE_TYPES for value in t.values for side in value for form in side}
+    world = build_world(dataclasses.replace(SMALL, keywords=1.0, multi_hop=0.0))
+    for split, questions in world.questions.items():
+        for query_id, question in questions.items():
+            words_asked = world.queries[split][query_id].split()
+            assert len(words_asked) == (question.kind is not None) + len(question.facts)
+            assert set(words_asked) <= forms
+    bare = [text for text in world.texts if set(text.split()) <= forms]
+    assert 0.1 < len(bare) / len(world.texts) < 0.4  # a fifth of the unpaired texts
+    mixed = build_world(dataclasses.replace(SMALL, keywords=0.5))
+    share = sum(set(text.split()) <= forms for text in mixed.queries["train"].values()) / 400
+    assert 0.2 < share < 0.5  # half of those that are not multi-hop
+
+
 def test_bad_configurations_are_errors() -> None:
     with pytest.raises(InputError, match=r"field 'world.overlap': must be between 0 and 1, got 1.5"):
         WorldConfig(overlap=1.5)
