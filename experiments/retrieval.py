@@ -74,8 +74,8 @@ def finish(
 
 
 def exported(cli: ExperimentCLI, folder: Path) -> Path:
-    """Export a fitted module once and return the folder."""
+    """Export a fitted module once and return the folder; of a quantised one the adapter, which a backbone may be."""
     if not folder.exists():
         module: Any = cli.model
-        module.export(folder)
+        module.export(folder, "merged" if module.quantization is None else "adapter")
     return folder

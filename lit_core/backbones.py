@@ -1,6 +1,5 @@
 """Backbones by hub id, local folder or preset: precision, attention, adapters, quantisation, checkpointing."""
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from lit_core.errors import InputError
+from lit_core.files import read_json
 from lit_core.presets import PRESETS, is_preset, preset_config, preset_tokenizer
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
@@ -50,7 +50,7 @@ class BackboneConfig:
         attention: Attention implementation of transformers.
         gradient_checkpointing: Recompute activations in the backward pass.
         trust_remote_code: Run model code that comes with a hub repository.
-        seed: Seed of the random weights of a preset.
+        seed: Seed of the random weights of a preset and of adapters; the command line takes that of the run.
     """
 
     dtype: DType = "float32"
@@ -248,7 +248,12 @@ def _adapter_base(backbone: str) -> str | None:
     """Base model of a folder that holds only a peft adapter."""
     folder = Path(backbone)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not base:
+            raise InputError(
+                "the base model is missing", folder / "adapter_config.json", field="base_model_name_or_path"
+            )
+        return base
     return None
 
 

@@ -9,8 +9,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Spec:
         stages: Names of the fits that make up the method, in order; each but the first starts from the folder that the
             one before has exported. Empty for a method of one fit.
         callbacks: ``module:Class`` of callbacks that every run has; each is built with the run's folder.
+        aliases: Other names of flags, as papers call the same thing by several.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Spec:
     arms: str
     stages: tuple[str, ...] = ()
     callbacks: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def configs(self, scale: str, stage: str | None = None) -> list[Path]:
         """Configuration files of a scale and stage, to be laid over one another in this order."""
@@ -74,6 +76,8 @@ def main(spec: Spec, args: Sequence[str] | None = None) -> int:
         print(_help(spec))
         return 0
     verb = args.pop(0) if args and not args[0].startswith("-") else "reproduce"
+    names = [arg.partition("=") for arg in args]
+    args = [spec.aliases.get(name, name) + equals + value for name, equals, value in names]
     _quieten()
     return guarded(lambda: _verb(spec, verb, args))
 
@@ -148,10 +152,18 @@ def _export_parser(spec: Spec) -> argparse.ArgumentParser:
 
 def _check_forwarded(args: list[str]) -> list[str]:
     for arg in args:
-        if arg.startswith("-") and not arg.startswith(("--model.", "--data.", "--trainer.")):
+        if arg.startswith("-") and not arg.startswith(("--model.", "--data.", "--trainer.")) and not _is_number(arg):
             raise InputError(f"unknown flag '{arg}'; reproduce takes --arms --seeds --scale --runs_dir --fresh, and "
                              "--model.*, --data.*, --trainer.* for every fit")  # fmt: skip
     return args
+
+
+def _is_number(arg: str) -> bool:
+    try:
+        float(arg)
+    except ValueError:
+        return False
+    return True
 
 
 def take(args: list[str], flag: str, default: str | None) -> tuple[str | None, list[str]]:

@@ -148,7 +148,7 @@ def preset_config(name: str, **overrides: Any) -> "PreTrainedConfig":
 
 
 def preset_tokenizer(name: str) -> "PreTrainedTokenizerFast":
-    """Build the tokenizer of a preset; padding is on the right, the maximum length 1024 tokens.
+    """Build the tokenizer of a preset; padding is on the right, the maximum length ``MAX_LENGTH``.
 
     Raises:
         InputError: The preset does not exist.

@@ -134,11 +134,16 @@ def _claim_report(claim: Claim, arm: ArmResults, baseline: ArmResults) -> dict[s
 
 
 def build_report(
-    experiment: str, scale: str, arms: Sequence[ArmResults], claims: Sequence[Claim], table_metrics: Sequence[str]
+    experiment: str,
+    scale: str,
+    arms: Sequence[ArmResults],
+    claims: Sequence[Claim],
+    table_metrics: Sequence[str],
+    device: str = "",
 ) -> dict[str, Any]:
     """Gather the arms' results into the report that ``report.json`` holds.
 
-    Costs are means over the seeds. Claims about arms that were not run are left out. A claim holds if the 95 % interval
+    Costs are means over the seeds; the device is this process's unless one is named. Claims about arms that were not run are left out. A claim holds if the 95 % interval
     of the paired difference lies on the claimed side of 0, does not hold if it lies on the other, and is
     ``"inconclusive"`` otherwise, also where a single seed without values of items gives no interval.
 
@@ -156,7 +161,7 @@ def build_report(
     return {
         "experiment": experiment,
         "scale": scale,
-        "device": device_name(),
+        "device": device or device_name(),
         "versions": versions(),
         "table_metrics": list(table_metrics),
         "arms": [_arm_report(arm) for arm in arms],

@@ -20,7 +20,16 @@ from typing import Any, Literal
 from lit_core.errors import InputError
 from lit_core.experiment import Arm, ArmContext, Clock, Experiment
 from lit_core.files import read_json, write_json
-from lit_core.report import ArmResults, Claim, build_report, console_tables, format_seconds, versions, write_report
+from lit_core.report import (
+    ArmResults,
+    Claim,
+    build_report,
+    console_tables,
+    device_name,
+    format_seconds,
+    versions,
+    write_report,
+)
 from lit_core.results import COSTS, Results, read_results, write_results
 
 __all__ = ["Arm", "ArmContext", "Claim", "Clock", "Experiment", "run_reproduce", "write_results"]
@@ -87,7 +96,13 @@ class _Runner:
         """Run a job and return its seconds, those of earlier starts included."""
         write_json(
             job.folder / "arm.json",
-            {"arm": job.arm.name, "seed": job.seed, "scale": self.scale, "fingerprint": job.fingerprint},
+            {
+                "arm": job.arm.name,
+                "seed": job.seed,
+                "scale": self.scale,
+                "fingerprint": job.fingerprint,
+                "device": device_name(),
+            },
         )
         needed = {name: self.job(name, job.seed).folder for name in job.arm.needs}
         with Clock(job.folder) as clock:
@@ -122,7 +137,9 @@ class _Runner:
             runs = tuple(self.results(self.job(arm.name, seed)) for seed in seeds)
             arms.append(ArmResults(arm.name, arm.title, seeds, runs, arm.seeded))
         experiment = self.experiment
-        report = build_report(experiment.name, self.scale, arms, experiment.claims, experiment.table_metrics)
+        devices = {read_json(job.folder / "arm.json").get("device", "") for job in self.jobs.values()}
+        device = ", ".join(sorted(devices - {""}))
+        report = build_report(experiment.name, self.scale, arms, experiment.claims, experiment.table_metrics, device)
         captions: dict[str, str] = {}
         if figures:
             from lit_core.plots import write_figures

@@ -1,14 +1,18 @@
 """What the arms of a reproduction call: fits, tests and collections at one scale, with the user's flags."""
 
 import argparse
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_core.cli import Spec, load
+from lit_core.cli import Spec, load, take
 from lit_core.errors import InputError
 from lit_core.stages import ExperimentCLI
+
+ONE_DEVICE = r"1|\d+,|\[\d+\]"  # ways to write one device, or which one
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,15 @@ class Setting:
     def fingerprint(self) -> str:
         """Text that changes with anything that the results depend on."""
         paths = {path for stage in (None, *self.spec.stages) for path in self.spec.configs(self.scale, stage)}
-        return "\n".join([*(f"{path.name}\n{path.read_text()}" for path in sorted(paths)), *self.flags])
+        return "\n".join([*(f"{path.name}\n{path.read_text()}" for path in sorted(paths)), *self.flags, *self._data()])
+
+    def _data(self) -> list[str]:
+        """Size and time of every file of ``--data.path``: results are not those of changed data."""
+        path = Path(take(list(self.flags), "--data.path", "")[0] or "")
+        if not path.exists() or path == Path():
+            return []
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
 
     def fit(
         self, folder: Path, seed: int, flags: Sequence[str] = (), stage: str | None = None, spec: Spec | None = None
@@ -73,7 +85,11 @@ def reproduce(spec: Spec, options: argparse.Namespace, flags: list[str]) -> None
     """Run the arms that are not done yet and write the report."""
     from lit_core.reproduce import run_reproduce
 
-    experiment = load(spec.arms)(Setting(spec, options.scale, tuple(_joined(flags))))
+    setting = Setting(spec, options.scale, ("--trainer.devices=1", *_joined(flags)))
+    devices = [flag.partition("=")[2] for flag in setting.flags if flag.startswith("--trainer.devices=")][-1]
+    if not re.fullmatch(ONE_DEVICE, devices) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"reproduce trains on one device (got {devices}): each process would run all arms; use fit")
+    experiment = load(spec.arms)(setting)
     arms = options.arms[0] if options.arms in (["main"], ["all"]) else options.arms
     run_reproduce(experiment, options.runs_dir, arms, options.seeds, options.scale, options.fresh)
 
@@ -84,7 +100,7 @@ def _joined(flags: Sequence[str]) -> list[str]:
     for flag in flags:
         if flag.startswith("--"):
             joined.append(flag)
-        elif joined and "=" not in joined[-1]:
+        elif joined and joined[-1].startswith("--") and "=" not in joined[-1]:
             joined[-1] += f"={flag}"
         else:
             raise InputError(f"'{flag}' belongs to no flag")

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lit_core.callbacks.checkpoints import AtomicCheckpoints
 from lit_core.callbacks.curves import CurveRecorder
 from lit_core.callbacks.final_checkpoint import FinalCheckpoint
 from lit_core.callbacks.step_seed import StepSeed
@@ -110,6 +111,7 @@ class ExperimentCLI(LightningCLI):
             }
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.loading.seed", compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuse flags that a checkpoint's own hyperparameters would silently beat."""
@@ -122,6 +124,17 @@ class ExperimentCLI(LightningCLI):
         if checkpoint and checkpoint not in ("last", "best"):
             check_method(read_metadata(Path(checkpoint)), load(self.spec.method).__name__, checkpoint)
         _check_devices(settings["trainer"])
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's settings from a sharded checkpoint too, which is a folder: lightning reads files alone."""
+        subcommand = self.config.get("subcommand")
+        checkpoint = Path(self.config[subcommand].get("ckpt_path") or "")
+        if not (checkpoint / "meta.pt").is_file():
+            super()._parse_ckpt_path()
+            return
+        settings = read_metadata(checkpoint).get("hyper_parameters", {})
+        settings = {name: value for name, value in settings.items() if name != "_instantiator"}
+        self.config = self.parser.parse_object({subcommand: {"model": settings}}, self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.subcommand]
@@ -137,6 +150,8 @@ class ExperimentCLI(LightningCLI):
         if self.quiet:
             kwargs["enable_model_summary"] = False
         kwargs["default_root_dir"] = self.folder
+        plugins = trainer["plugins"] or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpoints()]
         kwargs["callbacks"] = [*(trainer["callbacks"] or []), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
@@ -160,34 +175,52 @@ class ExperimentCLI(LightningCLI):
 def run_verb(spec: Spec, verb: str, args: list[str], scale: str, stage: str | None) -> None:
     """Run a trainer verb; ``fit`` of a method in stages runs them all, each from the export of the one before."""
     only_asks = any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args)
-    resumes = any(arg.startswith("--ckpt_path") for arg in args)
+    checkpoint, others = take(args, "--ckpt_path", None)
+    resumes = checkpoint is not None
     if spec.stages and stage is None:
         stage, _ = take(args, "--model.stage", None)
-    if verb == "fit" and spec.stages and stage is None and not only_asks and not resumes:
-        _fit_in_stages(spec, args, scale)
+    if verb == "fit" and spec.stages and stage is None and not only_asks and checkpoint in (None, "last"):
+        _fit_in_stages(spec, others, scale, resumes)
         return
     folder = run_folder(spec, verb, args, resumes)
     stage = stage or (_stage_of_checkpoint(spec, args) if resumes else None) or (spec.stages or (None,))[-1]
     here = folder / stage if stage and verb == "fit" else folder
+    if verb == "fit" and not resumes and not only_asks:
+        _refuse_earlier_run(here)
     cli = ExperimentCLI(spec, [verb, *_with_last(args, here)], spec.configs(scale, stage), here)
     if verb == "fit":
         _test(cli)
     rank_zero_info(f"everything of this run is in {here}")
 
 
-def _fit_in_stages(spec: Spec, args: list[str], scale: str) -> None:
-    """One fit a stage. Where lightning starts the processes of several devices, every stage is a command of its own."""
+def _fit_in_stages(spec: Spec, args: list[str], scale: str, resumes: bool) -> None:
+    """One fit a stage; ``resumes`` leaves out those that are done and goes on with the one that was cut off.
+
+    Where lightning starts the processes of several devices, every stage is a command of its own.
+    """
     started_by_lightning = FOLDER_VARIABLE in os.environ and "LOCAL_RANK" in os.environ
     started_by_launcher = not started_by_lightning and "LOCAL_RANK" in os.environ
-    folder = run_folder(spec, "fit", args, resumes=False)
+    folder = run_folder(spec, "fit", args, resumes)
+    if resumes and not any((folder / name / "last.ckpt").exists() for name in spec.stages):
+        raise InputError("there is no last.ckpt to go on from", folder)
     several = False
     for number, name in enumerate(spec.stages):
         here = folder / name
-        rank_zero_info(f"stage {number + 1} of {len(spec.stages)}: {name}")
+        label = f"stage {number + 1} of {len(spec.stages)}: {name}"
+        if resumes and (here / "export").exists():
+            rank_zero_info(f"{label}: done")
+            args = _from_export(args, here)
+            continue
+        rank_zero_info(label)
+        stage_args = args
+        if resumes and (here / "last.ckpt").exists():  # which brings the model's settings along
+            stage_args = [*_without_model(args), f"--ckpt_path={here / 'last.ckpt'}"]
+        elif not started_by_lightning:
+            _refuse_earlier_run(here)
         if several:
-            _fit_stage_apart(spec, [*args, "--scale", scale, "--stage", name], folder)
+            _fit_stage_apart(spec, [*stage_args, "--scale", scale, "--stage", name], folder)
         else:
-            cli = ExperimentCLI(spec, ["fit", *args], spec.configs(scale, name), here)
+            cli = ExperimentCLI(spec, ["fit", *stage_args], spec.configs(scale, name), here)
             if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 return
             several = cli.trainer.world_size > 1 and not started_by_launcher
@@ -196,11 +229,34 @@ def _fit_in_stages(spec: Spec, args: list[str], scale: str) -> None:
             if started_by_lightning:
                 return  # the first process goes on
         if number + 1 < len(spec.stages):
-            write_export(spec, here / "last.ckpt", here / "export", "merged")
+            quantised = read_metadata(here / "last.ckpt")["hyper_parameters"].get("quantization") is not None
+            write_export(spec, here / "last.ckpt", here / "export", "adapter" if quantised else "merged")
             if started_by_launcher:
                 cli.trainer.strategy.barrier()
-            args = [*take(args, "--model.backbone", None)[1], f"--model.backbone={here / 'export'}"]
+            args = _from_export(args, here)
     rank_zero_info(f"everything of this run is in {folder}")
+
+
+def _from_export(args: list[str], stage: Path) -> list[str]:
+    return [*take(args, "--model.backbone", None)[1], f"--model.backbone={stage / 'export'}"]
+
+
+def _without_model(args: list[str]) -> list[str]:
+    """Arguments without ``--model.*``, each of which has its value behind ``=`` or as the next argument."""
+    kept, skip = [], False
+    for arg in args:
+        if skip and not arg.startswith("--"):
+            skip = False
+            continue
+        skip = arg.startswith("--model.") and "=" not in arg
+        if not arg.startswith("--model."):
+            kept.append(arg)
+    return kept
+
+
+def _refuse_earlier_run(folder: Path) -> None:
+    if (folder / "last.ckpt").exists() and "LOCAL_RANK" not in os.environ:
+        raise InputError("holds an earlier run; go on with --ckpt_path last, or choose another folder", folder)
 
 
 def _fit_stage_apart(spec: Spec, args: list[str], folder: Path) -> None:
@@ -238,11 +294,12 @@ def run_folder(spec: Spec, verb: str, args: Sequence[str], resumes: bool) -> Pat
     if resumes and verb == "fit" and not chosen and checkpoint not in (None, "last", "best"):
         folder = Path(str(checkpoint)).parent
         folder = folder.parent if folder.name in spec.stages else folder
-    elif not resumes and not chosen and verb == "fit" and "LOCAL_RANK" not in os.environ:
-        number = 2
-        while folder.exists() and any(folder.rglob("last.ckpt")):  # never over an earlier run
-            folder = folder.with_name(f"seed{seed}-{number}")
+    elif not chosen and verb == "fit" and "LOCAL_RANK" not in os.environ:
+        number, free = 2, folder
+        while free.exists() and any(free.rglob("last.ckpt")):
+            folder, free = free, folder.with_name(f"seed{seed}-{number}")
             number += 1
+        folder = folder if resumes else free  # the latest run, or never over an earlier one
     os.environ[FOLDER_VARIABLE] = str(folder)
     return folder
 

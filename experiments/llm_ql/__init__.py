@@ -13,4 +13,9 @@ SPEC = Spec(
     arms="experiments.llm_ql.arms:build",
     stages=("query_likelihood", "contrastive"),
     callbacks=("lit_embed.callbacks.report:RetrievalReport", "lit_embed.callbacks.vectors:VectorWriter"),
+    aliases={
+        "--model.attention_block": "--model.attention_stop",
+        "--model.input_corruption": "--model.corruption",
+        "--model.document_corruption": "--model.corruption",
+    },
 )

@@ -10,17 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from experiments.retrieval import exported, finish, rank_test_queries, word_arm
 from lit_core.cli import Spec
+from lit_core.errors import InputError
+from lit_core.presets import is_preset
 from lit_core.reproduce import Arm, ArmContext, Claim, Experiment, write_results
 from lit_core.setting import Setting
+from lit_embed.methods.llm_ql import SMALL_GAP, small_gap
 from lit_embed.retrieval.bm25 import BM25
 from lit_embed.retrieval.word_ql import WordQueryLikelihood
 
 QL, CONTRASTIVE = "query_likelihood", "contrastive"
 NO_STOP, NO_CORRUPTION = "--model.attention_stop=false", "--model.corruption=0.0"
+PRIOR_FLAGS = (  # which of the user's flags the language model takes too
+    *("--model.backbone", "--model.loading", "--data.world", "--data.num_workers"),
+    *("--trainer.accelerator", "--trainer.devices", "--trainer.precision", "--trainer.logger"),
+)
 PRIOR = Spec(
     name="prior",
     summary="Causal language model on unpaired texts.",
@@ -33,7 +38,7 @@ PRIOR = Spec(
 
 def build(setting: Setting) -> Experiment:
     """The arms and claims at a scale."""
-    needs = ("prior",) if setting.scale != "paper" else ()
+    needs = ("prior",) if is_preset(setting.value(CONTRASTIVE, "model.backbone")) else ()
 
     def two_stages(name: str, title: str, flags: Sequence[str], main: bool = False) -> Arm:
         return Arm(name, title, lambda context: _two_stages(setting, context, flags), main=main, needs=needs)
@@ -64,7 +69,7 @@ def build(setting: Setting) -> Experiment:
     )
     metric = "ndcg@10"
     claims = (
-        Claim("The QL stage beats contrastive training on as many further pairs", metric, "llm_ql", "contrastive_equal"),
+        Claim("The QL stage beats contrastive training on as many pairs", metric, "llm_ql", "contrastive_equal"),
         Claim("LLM-QL beats BM25", metric, "llm_ql", "bm25"),
         Claim("The QL stage helps the same contrastive stage", metric, "llm_ql", "contrastive"),
         Claim("Attention stop helps the retriever", metric, "llm_ql", "no_stop"),
@@ -78,10 +83,11 @@ def build(setting: Setting) -> Experiment:
 
 
 def _prior(setting: Setting, context: ArmContext) -> None:
-    flags = [flag for flag in setting.flags if flag.startswith(("--model.backbone", "--data.world"))]
-    cli = replace(setting, flags=()).fit(context.folder / "fit", context.seed, flags, spec=PRIOR)
+    flags = tuple(flag for flag in setting.flags if flag.startswith(PRIOR_FLAGS))
+    cli = replace(setting, flags=flags).fit(context.folder / "fit", context.seed, spec=PRIOR)
     exported(cli, context.folder / "export")
-    loss = float(cli.trainer.callback_metrics.get("val/loss", torch.tensor(0.0)))
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)  # a restart may have missed the last one
+    loss = float(cli.trainer.callback_metrics["val/loss"])
     cost = {"tokens": float(cli.throughput.tokens), "steps": float(cli.trainer.global_step)}
     write_results(context.folder, {"val/loss": loss}, cost=cost)
 
@@ -89,36 +95,46 @@ def _prior(setting: Setting, context: ArmContext) -> None:
 def _contrastive(setting: Setting, context: ArmContext, equal: bool) -> None:
     flags = _start(context)
     if equal:
-        pairs = sum(
-            setting.value(stage, "trainer.max_steps") * setting.value(stage, "data.batch_size")
-            for stage in (QL, CONTRASTIVE)
-        )
-        flags.append(f"--trainer.max_steps={math.ceil(pairs / setting.value(CONTRASTIVE, 'data.batch_size'))}")
+        flags.append(f"--trainer.max_steps={_equal_steps(setting)}")
     cli = setting.fit(context.folder / CONTRASTIVE, context.seed, flags, CONTRASTIVE)
     rank_test_queries(context, cli)
+
+
+def _equal_steps(setting: Setting) -> int:
+    """Contrastive steps that see as many pairs as both stages together."""
+    steps = {stage: setting.value(stage, "trainer.max_steps") for stage in (QL, CONTRASTIVE)}
+    if min(steps.values()) < 1:
+        raise InputError("equal compute is counted in steps: state them", field="trainer.max_steps")
+    size = {stage: setting.value(stage, "data.batch_size") for stage in steps}
+    return math.ceil(sum(steps[stage] * size[stage] for stage in steps) / size[CONTRASTIVE])
 
 
 def _two_stages(setting: Setting, context: ArmContext, flags: Sequence[str]) -> None:
     first = context.folder / QL
     cli = setting.fit(first, context.seed, [*_start(context), *flags], QL)
-    gap = {"ql_gap": _gap(cli)}
+    gap = _gap(context, cli)
     backbone = exported(cli, first / "export")
     tokens, steps = cli.throughput.tokens, cli.trainer.global_step
     second = setting.fit(context.folder / CONTRASTIVE, context.seed, [f"--model.backbone={backbone}"], CONTRASTIVE)
     rank_test_queries(context, second, gap, tokens=tokens, steps=steps)
 
 
-def _gap(cli: Any) -> float:
+def _gap(context: ArmContext, cli: Any) -> dict[str, float]:
     """Nats a token by which the true document tells more of its query than another one, after the last step."""
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-    return float(cli.trainer.callback_metrics["val/ql_gap"])
+    gap = float(cli.trainer.callback_metrics.get("val/ql_gap", math.nan))  # without validation pairs there is none
+    if gap < SMALL_GAP:
+        print(f"{context.arm} seed {context.seed}: {small_gap(gap)}", flush=True)
+    return {} if math.isnan(gap) else {"ql_gap": gap}
 
 
 def _rerank(setting: Setting, context: ArmContext) -> None:
     checkpoint = context.of("llm_ql") / QL / "last.ckpt"
     cli = setting.test(context.folder / QL, context.seed, checkpoint, QL)
     runs: Any = cli.model
-    (found,) = [run for name, run in runs.runs.items() if name.startswith("QL")]
+    found = next((run for name, run in runs.runs.items() if name.startswith("QL")), None)
+    if found is None:
+        raise InputError("the arm needs documents to re-rank, got 0", field="model.rerank_top_k")
     finish(context, found, cli.datamodule.collection("test").qrels)
 
 

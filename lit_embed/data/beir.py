@@ -149,13 +149,17 @@ def string_field(row: dict[str, Any], field: str, path: Path | str, line: int | 
     """Return a field that must be a string.
 
     Raises:
-        InputError: The field is missing or of another type.
+        InputError: The field is missing, of another type, or half of a surrogate pair, which is no text.
     """
     if field not in row:
         raise InputError(f"the field is missing; the row has: {', '.join(row) or 'nothing'}", path, line, field)
     value = row[field]
     if not isinstance(value, str):
         raise InputError(f"must be a string, got {type(value).__name__}", path, line, field)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError("holds half of a surrogate pair, a broken \\u escape", path, line, field) from None
     return value
 
 
@@ -178,13 +182,16 @@ def _rows_with_id(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
 
 
 def _qrels_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    with path.open(encoding="utf-8") as stream:
-        header = tuple(stream.readline().rstrip("\r\n").split("\t"))
-        if header != QRELS_HEADER:
-            raise InputError(f"the first line must be '{' '.join(QRELS_HEADER)}' separated by tabs", path, 1)
-        for line, text in enumerate(stream, start=2):
+    with path.open("rb") as stream:
+        for line, row in enumerate(stream, start=1):
+            try:
+                text = row.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"not valid UTF-8 ({error})", path, line) from None
             columns = text.rstrip("\r\n").split("\t")
-            if not text.strip():
+            if line == 1 and tuple(columns) != QRELS_HEADER:
+                raise InputError(f"the first line must be '{' '.join(QRELS_HEADER)}' separated by tabs", path, 1)
+            if line == 1 or not text.strip():
                 continue
             if len(columns) != 3:
                 raise InputError(f"expected 3 columns separated by tabs, got {len(columns)}", path, line)

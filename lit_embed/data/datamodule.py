@@ -14,7 +14,7 @@ from lit_core.errors import InputError
 from lit_embed.data.beir import pairs_from_qrels
 from lit_embed.data.dataset import MixedDataset, PairDataset, TextDataset
 from lit_embed.data.huggingface import StreamLoader, load_examples, load_rows, row_parser
-from lit_embed.data.loader import ResumableLoader
+from lit_embed.data.loader import ResumableLoader, start_worker
 from lit_embed.data.negatives import add_bm25_negatives
 from lit_embed.data.pairs import read_pairs
 from lit_embed.data.records import Collection, Example, PairItem, TextItem
@@ -64,7 +64,8 @@ class RetrievalDataModule(LightningDataModule):
         val_pairs: Pairs for the validation loss; 0 leaves their loader out.
         token_budget: Padded tokens of a batch in encoding, estimated as four bytes each.
         num_workers: Loader processes; 0 loads in the main process.
-        seed: Seed of order, draws and hold-outs.
+        seed: Seed of order and draws.
+        split_seed: Seed of what is held out; the same for all seeds, so that they are tested on the same queries.
         limit: Train on this many examples of each set at most, for trials; of a file, not many more rows are read.
         hf_config: Configuration of a Hugging Face dataset.
         hf_split: Its split to read.
@@ -91,6 +92,7 @@ class RetrievalDataModule(LightningDataModule):
         token_budget: int = 8192,
         num_workers: int = 0,
         seed: int = 0,
+        split_seed: int = 0,
         limit: int | None = None,
         hf_config: str | None = None,
         hf_split: str = "train",
@@ -113,10 +115,14 @@ class RetrievalDataModule(LightningDataModule):
             raise InputError(
                 "a stream is one Hugging Face dataset; set streaming to false for other paths", field="path"
             )
+        if streaming and (hard_negatives != "none" or limit is not None):
+            field = "limit" if limit is not None else "hard_negatives"
+            raise InputError("not available for a stream, whose rows are not known beforehand", field=field)
         self.batch_size, self.negatives, self.hard_negatives, self.pairs = batch_size, negatives, hard_negatives, pairs
         self.val_split, self.test_split, self.own_group_only, self.world = val_split, test_split, own_group_only, world
         self.val_pairs, self.token_budget, self.num_workers = val_pairs, token_budget, num_workers
-        self.seed, self.limit, self.streaming, self.steps_per_epoch = seed, limit, streaming, steps_per_epoch
+        self.seed, self.split_seed, self.limit = seed, split_seed, limit
+        self.streaming, self.steps_per_epoch = streaming, steps_per_epoch
         self.hf_config, self.hf_split, self.hf_columns = hf_config, hf_split, hf_columns
         self._sources: list[Source] = []
         self._datasets: list[PairDataset] = []
@@ -214,16 +220,16 @@ class RetrievalDataModule(LightningDataModule):
         if kind == "world":
             return WorldSource(self.world, self.val_split, self.test_split)
         if kind == "beir":
-            return BeirSource(path, self.pairs, self.val_split, self.test_split, self.seed)
+            return BeirSource(path, self.pairs, self.val_split, self.test_split, self.split_seed)
         rows_limit = None if self.limit is None else self.limit + 2 * HELD_OUT_ROWS[1]
         name = Path(path).stem if Path(path).exists() else path
         if kind == "jsonl":
-            return RowSource(name, partial(read_pairs, path, limit=rows_limit), self.seed)
+            return RowSource(name, partial(read_pairs, path, limit=rows_limit), self.split_seed)
         if self.streaming:
             rows = load_rows(path, self.hf_config, self.hf_split, streaming=True)
-            return StreamSource(name, rows, row_parser(path, self.hf_columns), self.seed)
+            return StreamSource(name, rows, row_parser(path, self.hf_columns), self.split_seed)
         read = partial(load_examples, path, self.hf_config, self.hf_split, self.hf_columns, rows_limit)
-        return RowSource(name, read, self.seed)
+        return RowSource(name, read, self.split_seed)
 
     def _train_datasets(self) -> list[PairDataset]:
         sets = [train_set for source in self._sources for train_set in source.train_sets()]
@@ -266,15 +272,27 @@ class RetrievalDataModule(LightningDataModule):
         sampler = LengthSortedBatchSampler(lengths, self.token_budget, self._rank, self._world_size)
         dataset = TextDataset(list(texts.items()))
         collate = self._module.text_collator(kind)
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=self.num_workers)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            worker_init_fn=start_worker,
+        )
 
     def _pair_loader(self) -> DataLoader[Any]:
         """Return validation pairs: the same ones, and the same positives, every time."""
         examples = pairs_from_qrels(self.collection("validate"))
-        chosen = sorted(permutation(len(examples), self.seed, 3)[: self.val_pairs])
+        chosen = sorted(permutation(len(examples), self.split_seed, 3)[: self.val_pairs])
         dataset = MixedDataset([PairDataset([examples[row] for row in chosen], "validation")])
         sampler = HomogeneousBatchSampler(
             dataset.sizes, self.batch_size, self.seed, self._rank, self._world_size, drop_last=False, shuffle=False
         )
         collate = self._module.pair_collator(train=False)
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=self.num_workers)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            worker_init_fn=start_worker,
+        )

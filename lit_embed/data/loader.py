@@ -7,6 +7,7 @@ state counts batches handed out. And after a restart from a checkpoint written a
 fresh start.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_embed.data.samplers import HomogeneousBatchSampler
+
+
+def start_worker(number: int) -> None:
+    """Keep tokenizers from starting threads in a worker process: their pool does not survive the fork."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class _Position:
@@ -87,6 +93,7 @@ class ResumableLoader(DataLoader[Any]):
             batch_sampler=self.position,
             collate_fn=collate,
             num_workers=num_workers,
+            worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(sampler.seed),
         )

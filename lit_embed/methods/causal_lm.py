@@ -18,17 +18,18 @@ from lit_core.backbones import (
     transformer_blocks,
     unwrap,
 )
+from lit_core.errors import InputError
 from lit_core.lm_head import IGNORE_INDEX, cross_entropy
 from lit_core.module import Method
 from lit_core.optim import Schedule
 from lit_core.sharding import full_tensor, shard, share_of_mean, tie_head
-from lit_embed.modules.encoder import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
+from lit_embed.modules.encoder import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, is_causal
 from lit_embed.modules.export import new_folder, save_model
 from lit_embed.modules.tokens import Tokens, plan_chunks, plan_equal_chunks
 
 
 class TextsCollator:
-    """Texts to tokens with an end token, truncated before it."""
+    """Texts to tokens with one end token, truncated before it."""
 
     def __init__(self, tokenizer: Any, length: int) -> None:
         self.tokenizer, self.length = tokenizer, length
@@ -36,7 +37,8 @@ class TextsCollator:
     def __call__(self, rows: Sequence[dict[str, str]]) -> Tokens:
         texts = [row["text"] for row in rows]
         ids = self.tokenizer(texts, truncation=True, max_length=self.length - 1, return_attention_mask=False)
-        return Tokens.from_lists([[*row, self.tokenizer.eos_token_id] for row in ids["input_ids"]])
+        end = self.tokenizer.eos_token_id
+        return Tokens.from_lists([row if row[-1:] == [end] else [*row, end] for row in ids["input_ids"]])
 
 
 class CausalLM(Method):
@@ -76,6 +78,8 @@ class CausalLM(Method):
             return
         self.tokenizer = load_tokenizer(self.backbone, self.loading.trust_remote_code)
         self.model = load_backbone(self.backbone, "causal_lm", self.loading, self.lora, self.quantization)
+        if not is_causal(self.model):
+            raise InputError(f"language modelling needs a causal backbone, '{self.backbone}' is bidirectional")
         if self.device_mesh is not None:
             shard(text_model(self.model), self.device_mesh, transformer_blocks(self.model))
             tie_head(unwrap(self.model))

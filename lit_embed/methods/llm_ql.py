@@ -23,7 +23,16 @@ from lit_embed.retrieval.bm25 import BM25
 from lit_embed.retrieval.ranking import Run
 
 Stage = Literal["query_likelihood", "contrastive"]
+RERANK_QUERIES = 256  # whose candidates are held at once: some 10,000 documents, half a megabyte each at 7B
 SMALL_GAP = 0.1  # nats a token; a trained bridge gives 1 to 4 (card section 7)
+
+
+def small_gap(gap: float) -> str:
+    """What to say of a first stage that has not learned to read documents."""
+    return (
+        f"val/ql_gap is {gap:.3f} nats a token: queries are not yet read off their documents; train this stage longer "
+        "before the contrastive one"
+    )
 
 
 class LLMQL(Dense):
@@ -33,14 +42,15 @@ class LLMQL(Dense):
         backbone: Preset, local folder or hub id of a causal language model.
         stage: ``query_likelihood`` trains ``log p(query | end token of the document)``; ``contrastive`` trains the
             bi-encoder.
-        attention_stop: Query tokens see nothing of the document but its end token.
-        corruption: Share of the document's words that are hidden in the first stage.
+        attention_stop: Query tokens see nothing of the document but its end token (later versions: attention block).
+        corruption: Share of the document's words that are hidden in the first stage (input or document corruption).
         corruption_unit: Hide whole words, or tokens.
         corruption_mask: What stands for a hidden word.
         loss_scope: Predict the query alone, or the document as well (what the authors' code does).
         direction: Which side is generated.
         form: How attention stop is computed; all forms are exact.
         rerank_top_k: In the first stage, ``test`` re-ranks this many BM25 documents a query by query likelihood.
+        score_end: Re-ranking counts the query's end token.
         temperature: Divides the cosine similarity.
         symmetric: Average the query-to-passage loss with the passage-to-query loss.
         cross_device: Use the passages of all devices as negatives, with exact gradients.
@@ -70,6 +80,7 @@ class LLMQL(Dense):
         direction: Direction = "document_to_query",
         form: Form = "split",
         rerank_top_k: int = 100,
+        score_end: bool = True,
         temperature: float = 0.01,
         symmetric: bool = False,
         cross_device: bool = True,
@@ -107,20 +118,27 @@ class LLMQL(Dense):
         self.save_hyperparameters()
         self.stage, self.attention_stop, self.loss_scope, self.form = stage, attention_stop, loss_scope, form
         self.corruption, self.corruption_unit, self.corruption_mask = corruption, corruption_unit, corruption_mask
-        self.direction, self.rerank_top_k = direction, rerank_top_k
+        self.direction, self.rerank_top_k, self.score_end = direction, rerank_top_k, score_end
 
     def build_encoder(self) -> Encoder:
         if self.stage == "contrastive":
-            return super().build_encoder()
+            encoder = super().build_encoder()
+            self._check(encoder)
+            return encoder
         model = load_backbone(self.backbone, "causal_lm", self.loading, self.lora, self.quantization)
         config = replace(self.encoder_config, pooling=self.encoder_config.pooling or "eos")
         encoder = build_encoder(self.backbone, config, self.loading, model=text_model(model))
-        if not encoder.causal:
-            raise InputError(f"LLM-QL needs a causal language model, '{self.backbone}' is bidirectional")
+        self._check(encoder)
         self.likelihood = QueryLikelihood(
             model, encoder.tokenizer.pad_token_id, self.form, self.attention_stop, self.encoder_config.chunk_tokens
         )
         return encoder
+
+    def _check(self, encoder: Encoder) -> None:
+        if not encoder.causal:
+            raise InputError(f"LLM-QL needs a causal language model, '{self.backbone}' is bidirectional")
+        if encoder.config.pooling not in ("eos", "last"):
+            raise InputError(f"LLM-QL pools the end token, '{self.backbone}' {encoder.config.pooling}")
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -137,7 +155,7 @@ class LLMQL(Dense):
             rate,
             self.corruption_unit,
             self.corruption_mask,
-            self.direction if train else "document_to_query",
+            self.direction if train or self.direction == "query_to_document" else "document_to_query",
             shuffled=not train,
         )
 
@@ -158,23 +176,24 @@ class LLMQL(Dense):
         return loss
 
     def validate_pairs(self, batch: Any) -> None:
-        """In the first stage, log what a document tells of its query: the loss given the true and another document."""
+        """In the first stage, log what a document tells of its query: the loss given the true and another document.
+
+        A batch with one document has no other one and counts nothing in the gap.
+        """
         if self.stage == "contrastive":
             super().validate_pairs(batch)
             return
         true = self.likelihood(batch.documents, batch.queries)
-        other = self.likelihood(batch.shuffled, batch.queries)
-        values = {"val/loss": true, "val/loss_shuffled": other, "val/ql_gap": other - true}
-        self._log_pairs(values, len(batch.queries))
+        self._log_pairs({"val/loss": true}, len(batch.queries))
+        other = self.likelihood(batch.shuffled or batch.documents, batch.queries)
+        count = len(batch.queries) if batch.shuffled is not None else 0  # yet all ranks run the same passes
+        self._log_pairs({"val/loss_shuffled": other, "val/ql_gap": other - true}, count)
 
     def on_train_end(self) -> None:
         """Say so where the first stage has not learned to read documents: the second then starts from nothing."""
         gap = self.trainer.callback_metrics.get("val/ql_gap")
         if self.stage == "query_likelihood" and gap is not None and gap < SMALL_GAP:
-            rank_zero_info(
-                f"val/ql_gap is {float(gap):.3f} nats a token: queries are not yet read off their documents; train "
-                "this stage longer before the contrastive one"
-            )
+            rank_zero_info(small_gap(float(gap)))
 
     def further_runs(self, collection: Any) -> dict[str, Run]:
         """In the first stage, BM25's best documents re-ranked by query likelihood, and BM25 itself below them."""
@@ -187,8 +206,8 @@ class LLMQL(Dense):
     def rerank(self, run: Run, queries: dict[str, str], corpus: dict[str, str]) -> Run:
         """Score the documents of a first-stage run by query likelihood (card section 2.6).
 
-        Every document is encoded once, whatever the number of queries that it was found for; the queries are shared
-        out over the ranks.
+        A document is encoded once for some hundred queries that it was found for; the queries are shared out over the
+        ranks.
 
         Args:
             run: First-stage run.
@@ -200,21 +219,28 @@ class LLMQL(Dense):
         """
         self.likelihood.eval()
         asked = [query_id for query_id in run if run[query_id]]
-        if not asked:
-            return {}
-        query_ids = asked[rank() :: world_size()] or asked[:1]  # sharded ranks gather weights in step: none may idle
+        count = -(-len(asked) // world_size())  # sharded ranks gather weights in step: all have as many queries
+        mine = [asked[(rank() + number * world_size()) % len(asked)] for number in range(count)]
+        found: Run = {}
+        for start in range(0, count, RERANK_QUERIES):
+            found |= self._score_candidates(mine[start : start + RERANK_QUERIES], run, queries, corpus)
+        return {query_id: docs for part in gather_objects(found) for query_id, docs in part.items()}
+
+    def _score_candidates(self, query_ids: list[str], run: Run, queries: dict[str, str], corpus: dict[str, str]) -> Run:
+        """Score the candidates of some queries; what is kept of their documents lives in memory meanwhile."""
         doc_ids = sorted({doc_id for query_id in query_ids for doc_id in run[query_id]})
         place = {doc_id: number for number, doc_id in enumerate(doc_ids)}
         pairs = [(number, place[doc_id]) for number, query_id in enumerate(query_ids) for doc_id in run[query_id]]
-        collator = LikelihoodCollator(self.encoder.text_tokenizer, 0.0)
+        collator = LikelihoodCollator(self.encoder.text_tokenizer, 0.0, mask=self.corruption_mask)
         targets = Tokens.from_lists([collator.target(queries[query_id], "query") for query_id in query_ids])
-        documents = self.encoder.tokenize([corpus[doc_id] for doc_id in doc_ids], "passage")
-        columns = self.likelihood.columns(documents.to(self.device))
-        scores = self.likelihood.score(columns, torch.tensor(pairs, device=self.device), targets.to(self.device))
+        documents = self.encoder.tokenize([corpus[doc_id] for doc_id in doc_ids], "passage").to(self.device)
+        columns = self.likelihood.columns(documents)
+        numbers = torch.tensor(pairs, device=self.device)
+        scores = self.likelihood.score(columns, numbers, targets.to(self.device), self.score_end)
         found: Run = {}
         for (number, document), score in zip(pairs, scores.tolist(), strict=True):
             found.setdefault(query_ids[number], {})[doc_ids[document]] = score
-        return {query_id: docs for part in gather_objects(found) for query_id, docs in part.items()}
+        return found
 
     def exported_model(self) -> Any:
         return self.encoder.model if self.stage == "contrastive" else self.likelihood.model

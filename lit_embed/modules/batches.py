@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_core.errors import InputError
 from lit_embed.functional.corruption import Unit, corrupt_tokens, corrupt_words
 from lit_embed.modules.tokenization import Kind, TextTokenizer
 from lit_embed.modules.tokens import Tokens
@@ -59,7 +60,7 @@ class LikelihoodBatch:
     Args:
         documents: Documents, corrupted in training.
         queries: Queries without a prompt, each with an end token.
-        shuffled: The documents of other queries, to measure what the document tells; None in training.
+        shuffled: Other documents, to measure what the document tells; None in training, or where all are the same.
     """
 
     documents: Tokens
@@ -125,10 +126,10 @@ class LikelihoodCollator:
         unit: What is hidden, whole words or tokens.
         mask: What stands for a hidden word; the tokenizer's mask token where this string has no token.
         direction: Which side is generated; ``both`` draws one of the two for each row.
-        shuffled: Also give each row the source of the next one.
+        shuffled: Also give each row the source of the next row that has another one.
 
     Raises:
-        ValueError: The mask string has no token and there is no mask token.
+        InputError: The mask string has no token and there is no mask token.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class LikelihoodCollator:
         tokens = tokenizer.plain([mask])[0]
         self.mask = mask if tokens else tokenizer.tokenizer.mask_token
         if self.mask is None:
-            raise ValueError(f"the mask string {mask!r} has no token in this tokenizer, which has no mask token either")
+            raise InputError(f"the mask string {mask!r} has no token in this tokenizer, which has no mask token either")
         self.mask_id = tokens[-1] if tokens else tokenizer.tokenizer.mask_token_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> LikelihoodBatch:
@@ -159,7 +160,8 @@ class LikelihoodCollator:
             source, target = (query, passage) if reverse else (passage, query)
             sources.append(self.source(*source, generator))
             targets.append(self.target(*target))
-        shuffled = Tokens.from_lists(sources[1:] + sources[:1]) if self.shuffled else None
+        others = _others(sources) if self.shuffled else []
+        shuffled = Tokens.from_lists(others) if others else None
         return LikelihoodBatch(Tokens.from_lists(sources), Tokens.from_lists(targets), shuffled)
 
     def source(self, text: str, kind: Kind, generator: torch.Generator | None = None) -> list[int]:
@@ -174,3 +176,11 @@ class LikelihoodCollator:
         """The generated side: no prompt, an end token, which is a target too."""
         length = self.tokenizer.lengths[kind]
         return [*self.tokenizer.plain([text], None if length is None else length - 1)[0], self.tokenizer.eos_id]
+
+
+def _others(sources: list[list[int]]) -> list[list[int]]:
+    """For each source the next different one, around the end; nothing where all are equal."""
+    if all(source == sources[0] for source in sources):
+        return []
+    doubled = sources + sources
+    return [next(other for other in doubled[row + 1 :] if other != source) for row, source in enumerate(sources)]

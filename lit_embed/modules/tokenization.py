@@ -65,10 +65,10 @@ class TextTokenizer:
         self.prompts = {"query": config.query_prompt or "", "passage": config.passage_prompt or ""}
         self.lengths = {"query": config.query_length, "passage": config.passage_length}
         self.eos_id: int = self.tokenizer.eos_token_id
-        room = self.tokenizer.num_special_tokens_to_add(pair=False)
         for kind, length in self.lengths.items():
+            room = len(self.tokenizer(self.prompts[kind])["input_ids"])
             if length is not None and length <= room:
-                raise InputError(f"{kind}_length must exceed the {room} tokens of suffix and end, got {length}")
+                raise InputError(f"{kind}_length must exceed the {room} tokens of prompt, suffix and end, got {length}")
 
     def __call__(self, texts: Sequence[str], kind: Kind) -> Tokens:
         """Token ids of texts with prompt, suffix and end token, truncated before the suffix."""

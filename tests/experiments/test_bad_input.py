@@ -80,6 +80,7 @@ def test_broken_collections(
         (["--model.lora.r=4", "--model.lora.targets=[no_proj]"], "'no_proj' matches no module"),
         (["--model.temperature=-1"], "temperature must be above 0, got -1"),
         (["--trainer.devices", "9999"], "9999"),
+        (["--model.encoder.query_prompt=one two three", "--model.encoder.query_length=4"], "query_length must exceed"),
         (["--model.no_such_flag=1"], "no_such_flag"),
         (["--model.encoder.pooling=median"], "pooling"),
         (["--trainer.max_steps=1e3"], "max_steps"),
@@ -97,6 +98,8 @@ def test_an_untrained_verb_and_flag_of_reproduce(capsys: pytest.CaptureFixture[s
     assert "unknown verb 'train'" in refused(capsys, "train")
     assert "--seed" in refused(capsys, "--seed", "1")
     assert "unknown arm 'nothing'" in refused(capsys, "--arms", "nothing")
+    assert "one device (got 2)" in refused(capsys, "--trainer.devices", "2")
+    assert "unknown flag '-x'" in refused(capsys, "-x")
 
 
 def test_checkpoint_of_another_method_and_flags_beside_a_checkpoint(
@@ -107,6 +110,7 @@ def test_checkpoint_of_another_method_and_flags_beside_a_checkpoint(
     assert dense([*FIT, *common, "--trainer.max_steps=1", "--data.batch_size=4"]) == 0
     capsys.readouterr()
     checkpoint = run / "last.ckpt"
+    assert "holds an earlier run" in refused(capsys, *FIT, *common)
     line = refused(capsys, "test", *FIT[1:], *common, "--ckpt_path", checkpoint, main=llm_ql)
     assert "written by Dense, not by LLMQL" in line
     line = refused(capsys, "export", "--ckpt_path", checkpoint, "--output", tmp_path / "out", main=llm_ql)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,33 @@ def test_llm_ql_fits_in_stages_and_everything_downstream_works(tmp_path: Path) -
 
     model = SentenceTransformer(str(tmp_path / "folder"), device="cpu")
     assert model.encode_query(["a red thing"]).shape == (1, vectors.shape[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["second stage", "export and second stage", "end of the second stage"])
+def test_a_fit_in_stages_that_was_cut_off_goes_on(tmp_path: Path, lost: str) -> None:
+    run = tmp_path / "run"
+    place = [*SMALL, *QUIET, "--trainer.default_root_dir", str(run)]
+    assert llm_ql(["fit", *place, "--trainer.max_steps=2"]) == 0
+    expected = weights(run / "contrastive" / "last.ckpt")
+    if lost == "end of the second stage":
+        (run / "contrastive" / "results.json").unlink()
+    else:
+        shutil.rmtree(run / "contrastive")
+    if lost == "export and second stage":
+        shutil.rmtree(run / "query_likelihood" / "export")
+    assert llm_ql(["fit", *place, "--trainer.max_steps=2", "--ckpt_path", "last"]) == 0
+    assert (run / "contrastive" / "results.json").is_file()
+    for name, value in weights(run / "contrastive" / "last.ckpt").items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.slow
+def test_a_stage_named_by_its_setting_runs_alone(tmp_path: Path) -> None:
+    place = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps=1"]
+    assert llm_ql(["fit", *SMALL, *QUIET, *place, "--model.stage", "contrastive", "--model.attention_block=true"]) == 0
+    assert (tmp_path / "contrastive" / "last.ckpt").is_file()
+    assert not (tmp_path / "query_likelihood").exists()
 
 
 @pytest.mark.slow

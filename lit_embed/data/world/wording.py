@@ -128,9 +128,7 @@ def passage(
     return " ".join(sentences + others)
 
 
-def unpaired_text(
-    rng: random.Random, draw_fact: Callable[[], list[Fact]], kinds: int, keywords: float = 0.0
-) -> str:
+def unpaired_text(rng: random.Random, draw_fact: Callable[[], list[Fact]], kinds: int, keywords: float = 0.0) -> str:
     """Write one sentence about nothing in particular that shows how the two vocabularies go together.
 
     Args:

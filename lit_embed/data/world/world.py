@@ -206,9 +206,7 @@ def _questions(
     return drawn
 
 
-def _question(
-    rng: random.Random, index: FactIndex, row: int, multi: bool, keywords: float
-) -> tuple[Question, str]:
+def _question(rng: random.Random, index: FactIndex, row: int, multi: bool, keywords: float) -> tuple[Question, str]:
     """Draw what to ask of a document and the template to ask it with."""
     document = index.documents[row]
     entity = index.entities[document.entity]

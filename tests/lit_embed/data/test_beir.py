@@ -48,6 +48,7 @@ def test_judgements_become_pairs(tmp_path: Path) -> None:
     [
         ({"documents": ["{"]}, "corpus.jsonl:1", "not valid JSON"),
         ({"documents": []}, "corpus.jsonl", "empty"),
+        ({"documents": [{"_id": "d", "text": "\ud83d"}]}, "corpus.jsonl:1: field 'text'", "surrogate"),
         ({"documents": [{"_id": 1, "text": "a"}]}, "corpus.jsonl:1: field '_id'", "must be a string, got int"),
         ({"documents": [{"_id": "a b", "text": "a"}]}, "corpus.jsonl:1: field '_id'", "without spaces"),
         ({"documents": [{"_id": "d", "title": "t"}]}, "corpus.jsonl:1: field 'text'", "missing"),
@@ -68,6 +69,13 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, change: dict[str, Any], p
     assert place in str(error.value)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_judgements_that_are_no_text(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    (folder / "qrels" / "test.tsv").write_bytes(QRELS.encode() + b"q1\t\xff\t1\n")
+    with pytest.raises(InputError, match=r"test\.tsv:4: not valid UTF-8"):
+        read_beir(folder, "test")
 
 
 def test_missing_parts(tmp_path: Path) -> None:

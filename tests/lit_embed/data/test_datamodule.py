@@ -124,6 +124,20 @@ def test_several_files_make_homogeneous_batches(tmp_path: Path) -> None:
         fit(RetrievalDataModule(path=paths, own_group_only=["medium"]))
 
 
+def test_all_seeds_are_tested_on_the_same_queries(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 100)
+    sources = [RetrievalDataModule(path=path, seed=seed) for seed in (0, 1)]
+    for data in sources:
+        data.setup("fit")
+        data.setup("test")
+    for stage in ("validate", "test"):
+        first, second = (data.collection(stage) for data in sources)
+        assert first == second
+    other = RetrievalDataModule(path=path, split_seed=1)
+    other.setup("test")
+    assert other.collection("test").queries != sources[0].collection("test").queries
+
+
 def test_a_limit_for_trials(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", 1000)
     data = RetrievalDataModule(path=path, batch_size=4, limit=10, val_pairs=1)
@@ -161,6 +175,8 @@ def fit_state(options: dict[str, Any]) -> dict[str, Any]:
         ({"limit": 0}, "field 'limit'"),
         ({"path": []}, "field 'path'"),
         ({"streaming": True}, "a stream is one Hugging Face dataset"),
+        ({"streaming": True, "path": "a/b", "limit": 3}, "field 'limit': not available for a stream"),
+        ({"streaming": True, "path": "a/b", "hard_negatives": "bm25"}, "field 'hard_negatives'"),
         ({"path": "../no/such/folder"}, "no such file or folder"),
         ({"negatives": 1, "world": WORLD}, "has no negatives but 1 are asked for"),
         ({"val_split": "valid", "world": WORLD}, "no split 'valid'"),

@@ -42,6 +42,23 @@ def test_re_ranking_is_the_likelihood_of_each_pair(first_stage: LLMQL) -> None:
     assert first_stage.rerank({"q3": {}}, QUERIES, CORPUS) == {}
 
 
+def test_re_ranking_in_blocks_and_without_the_end_token(first_stage: LLMQL, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = first_stage.rerank(RUN, QUERIES, CORPUS)
+    monkeypatch.setattr("lit_embed.methods.llm_ql.RERANK_QUERIES", 1)
+    blocks = first_stage.rerank(RUN, QUERIES, CORPUS)
+    for query_id, scores in whole.items():
+        assert blocks[query_id] == pytest.approx(scores, abs=1e-5)
+    monkeypatch.setattr(first_stage, "score_end", False)
+    shorter = first_stage.rerank(RUN, QUERIES, CORPUS)
+    assert all(shorter[query_id][doc_id] > score for query_id in whole for doc_id, score in whole[query_id].items())
+
+
+def test_both_stages_need_a_decoder_that_pools_its_end() -> None:
+    for stage in ("query_likelihood", "contrastive"):
+        with pytest.raises(InputError, match="bidirectional"):
+            LLMQL("tiny-bert", stage, encoder=EncoderConfig()).configure_model()  # type: ignore[arg-type]
+
+
 def test_the_stage_decides_on_batches(first_stage: LLMQL) -> None:
     train, val = first_stage.pair_collator(train=True), first_stage.pair_collator(train=False)
     assert isinstance(train, LikelihoodCollator)

@@ -70,6 +70,15 @@ def test_documents_are_sources_and_queries_targets(texts: TextTokenizer) -> None
     assert all(_row(batch.documents, row)[-1] == texts.eos_id for row in (0, 1))
 
 
+def test_the_shuffled_document_is_another_one(texts: TextTokenizer) -> None:
+    collator = LikelihoodCollator(texts, 0.0, shuffled=True)
+    batch = collator([_item("one", "a"), _item("two", "a"), _item("three", "b")])
+    assert batch.shuffled is not None
+    assert [_row(batch.shuffled, row) == _row(batch.documents, row) for row in range(3)] == [False] * 3
+    assert collator([_item("one", "a"), _item("two", "a")]).shuffled is None
+    assert collator([_item("one", "a")]).shuffled is None
+
+
 def test_the_other_direction_swaps_the_sides(texts: TextTokenizer) -> None:
     batch = LikelihoodCollator(texts, 0.0, direction="query_to_document")([_item("one", "ab")])
     assert _row(batch.documents, 0) == texts(["one"], "query").ids.tolist()

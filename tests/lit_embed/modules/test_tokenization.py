@@ -94,7 +94,9 @@ def test_it_travels_to_loader_workers() -> None:
 def test_bad_settings_are_errors() -> None:
     tokenizer = preset_tokenizer("tiny-llama")
     room = 2 + len(_plain("tiny-llama", " in short"))
-    with pytest.raises(InputError, match=f"query_length must exceed the {room} tokens of suffix and end, got {room}"):
+    with pytest.raises(
+        InputError, match=f"query_length must exceed the {room} tokens of prompt, suffix and end, got {room}"
+    ):
         TextTokenizer(tokenizer, EncoderConfig("eos", suffix=" in short", query_length=room))
     for field in ("dimensions", "query_length", "passage_length", "chunk_tokens"):
         with pytest.raises(InputError, match=f"{field} must be at least 1, got 0"):
