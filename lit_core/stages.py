@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lit_core.callbacks.checkpoints import AtomicCheckpoints
+from lit_core.callbacks.checkpoints import AtomicCheckpoints, Checkpoints
 from lit_core.callbacks.curves import CurveRecorder
 from lit_core.callbacks.final_checkpoint import FinalCheckpoint
 from lit_core.callbacks.step_seed import StepSeed
@@ -101,7 +101,7 @@ class ExperimentCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,

@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_core.callbacks.checkpoints import exchanged
+
 
 class FinalCheckpoint(Callback):
     """Writes ``last.ckpt`` after the last step.
@@ -32,5 +34,6 @@ class FinalCheckpoint(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         if not vars(trainer)["fast_dev_run"] and trainer.global_step > 0:
-            trainer.save_checkpoint(self.path)
+            with exchanged(trainer, self.path) as place:
+                trainer.save_checkpoint(place)
             self.saved_step = trainer.global_step
