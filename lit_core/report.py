@@ -144,9 +144,9 @@ def build_report(
     """Gather the arms' results into the report that ``report.json`` holds.
 
     Costs are means over the seeds; the device is this process's unless one is named. Claims about arms that were not
-    run are left out. A claim holds if the 95 % interval of the paired difference lies on the claimed side of 0, does not
-    hold if it lies on the other, and is ``"inconclusive"`` otherwise, also where a single seed without values of items
-    gives no interval.
+    run are left out. A claim holds if the 95 % interval of the paired difference lies on the claimed side of 0,
+    does not hold if it lies on the other one, and is ``"inconclusive"`` otherwise, also where a single seed without
+    values of items gives no interval.
 
     Raises:
         ValueError: Two arms of a claim were measured on different items.
