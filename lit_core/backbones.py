@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -162,6 +163,11 @@ def text_model(model: nn.Module) -> Any:
     """The part of a transformers model that gives token states, without its head."""
     inner: Any = unwrap(model)
     return getattr(inner, inner.base_model_prefix, inner)
+
+
+def cache_name(model: nn.Module) -> str:
+    """What a transformers model calls its key-value cache, in arguments and results: ``cache`` from 5.24 on."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_core.backbones import text_model, unwrap
+from lit_core.backbones import cache_name, text_model, unwrap
 from lit_core.errors import InputError
 from lit_core.lm_head import IGNORE_INDEX, cross_entropy, token_log_probs
 from lit_core.progress import track
@@ -222,8 +222,9 @@ class QueryLikelihood(nn.Module):
         return _pick_labels(*blocks, scope)
 
     def _first_pass(self, ids: Tensor, valid: Tensor) -> tuple[Any, Tensor, Tensor]:
-        output = text_model(self.model)(input_ids=ids, use_cache=True)
-        cache = output.past_key_values
+        model = text_model(self.model)
+        output = model(input_ids=ids, use_cache=True)
+        cache = getattr(output, cache_name(model))
         if cache is None or cache.get_seq_length() != ids.shape[1]:  # activation checkpointing drops it in training
             raise InputError("form two_pass needs the key-value cache: use form split with gradient checkpointing")
         return cache, output.last_hidden_state, valid.sum(1) - 1
@@ -235,8 +236,9 @@ class QueryLikelihood(nn.Module):
         for layer, (key, value) in enumerate(columns):
             cache.update(key[:, :, None], value[:, :, None], layer)
         positions = end[:, None] + 1 + torch.arange(ids.shape[1], device=ids.device)
-        output = text_model(self.model)(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-        return output.last_hidden_state
+        model = text_model(self.model)
+        named = {cache_name(model): cache}
+        return model(input_ids=ids, position_ids=positions, use_cache=True, **named).last_hidden_state
 
 
 def _slice(tokens: Tokens, row: int) -> list[int]:

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.__main__ import summaries
+from experiments.dense import SPEC
 from experiments.dense.__main__ import main as dense
 from experiments.llm_ql.__main__ import main as llm_ql
+from lit_core.stages import ExperimentCLI
 from lit_embed.data.world import WorldConfig, build_world
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
@@ -67,7 +69,8 @@ def test_llm_ql_fits_in_stages_and_everything_downstream_works(tmp_path: Path) -
     assert llm_ql(["predict", *data]) == 0
     vectors = load_file(out / "corpus.safetensors")["vectors"]
     ids = json.loads((out / "corpus.ids.json").read_text())
-    world = build_world(WorldConfig(documents=120, train_questions=100, dev_questions=10, test_questions=12))
+    sizes = {"documents": 120, "train_questions": 100, "dev_questions": 10, "test_questions": 12}
+    world = build_world(WorldConfig(**sizes, keywords=1.0, multi_hop=0.0, facts=3, distractors=0.0))
     unseen = {d for d, facts in world.documents.items() if world.entities[facts.entity].split != "train"}
     assert set(ids) == unseen
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(ids)))
@@ -158,3 +161,16 @@ def test_reproduce_killed_and_started_again_ends_with_the_same_numbers(tmp_path:
     assert reports[0]["claims"] == reports[1]["claims"]
     assert (killed / "llm_ql" / "report.md").is_file()
     assert list((killed / "llm_ql").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_brings_its_settings_along(tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "sharded.ckpt"
+    place = ["--trainer.default_root_dir", str(run), "--trainer.max_steps=1"]
+    assert dense(["fit", *SMALL, *QUIET, *place, "--model.symmetric=true", "--model.temperature=0.3"]) == 0
+    folder.mkdir()
+    saved = torch.load(run / "last.ckpt", weights_only=True)
+    torch.save({name: value for name, value in saved.items() if name != "state_dict"}, folder / "meta.pt")
+    args = ["validate", *SMALL[2:], "--ckpt_path", str(folder)]
+    cli = ExperimentCLI(SPEC, args, SPEC.configs("smoke"), tmp_path / "other", quiet=True, execute=False)
+    assert (cli.model.symmetric, cli.model.temperature) == (True, 0.3)

@@ -217,11 +217,11 @@ def _question(rng: random.Random, index: FactIndex, row: int, multi: bool, keywo
         return Question(entity.kind, _asked(rng, document, entity, 2), hop), template
     bare = keywords > 0 and rng.random() < keywords
     if rng.random() < 0.15:
-        template = wording.KINDLESS_KEYWORDS if bare else rng.choice(wording.KINDLESS_QUESTIONS)
-        return Question(None, _asked(rng, document, entity, 3)), template
+        question = Question(None, _asked(rng, document, entity, 3))
+        return question, wording.KINDLESS_KEYWORDS if bare else rng.choice(wording.KINDLESS_QUESTIONS)
     count = rng.choice((2, 3, 3))
-    template = wording.KEYWORDS[count] if bare else rng.choice(wording.QUESTIONS[count])
-    return Question(entity.kind, _asked(rng, document, entity, count)), template
+    question = Question(entity.kind, _asked(rng, document, entity, count))
+    return question, wording.KEYWORDS[count] if bare else rng.choice(wording.QUESTIONS[count])
 
 
 def _asked(rng: random.Random, document: Document, entity: Entity, count: int) -> tuple[tuple[int, int], ...]:
