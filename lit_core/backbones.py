@@ -99,7 +99,8 @@ def load_backbone(
         task: ``encoder`` gives token states, ``causal_lm`` also a language-model head.
         config: How to load.
         lora: Adapters to add; rank 0 or None adds none.
-        quantization: Load the linear layers in 8 or 4 bits (bitsandbytes); then only adapters can be trained.
+        quantization: Load the linear layers in 8 or 4 bits (bitsandbytes); then only adapters can be trained. An
+            adapter that is merged into such layers is rounded to their bits.
 
     Returns:
         A transformers model, or a peft model around it.
@@ -178,8 +179,10 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _peft_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property under its old name
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 for a property under its old name
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Merge lora module to .-bit linear")  # load_backbone says so
         yield
 
 
@@ -220,9 +223,11 @@ def _pretrained(backbone: str, task: Task, config: BackboneConfig, quantization:
         "attn_implementation": config.attention,
         "trust_remote_code": config.trust_remote_code,
     }
-    if quantization is not None:
+    if quantization is not None and not _is_quantised(Path(base or backbone)):
         kwargs["quantization_config"] = _quantization(quantization, config)
-    model = _load(lambda: _model_class(task).from_pretrained(base or backbone, **kwargs), backbone)
+    whole = task == "causal_lm" or (base is not None and _adapts_language_model(backbone))
+    model_class = _model_class("causal_lm" if whole else task)
+    model = _load(lambda: model_class.from_pretrained(base or backbone, **kwargs), backbone)
     if quantization is not None:
         from peft import prepare_model_for_kbit_training
 
@@ -233,7 +238,18 @@ def _pretrained(backbone: str, task: Task, config: BackboneConfig, quantization:
 
         with _peft_warnings():
             model = PeftModel.from_pretrained(model, backbone).merge_and_unload()
-    return model
+    return text_model(model) if whole and task == "encoder" else model
+
+
+def _adapts_language_model(backbone: str) -> bool:
+    """Whether an adapter was trained with the language-model head above it, and so names its layers from there."""
+    return read_json(Path(backbone) / "adapter_config.json").get("task_type") == "CAUSAL_LM"
+
+
+def _is_quantised(folder: Path) -> bool:
+    """Whether a local model was saved in 8 or 4 bits; it stays as it is."""
+    settings = folder / "config.json"
+    return settings.is_file() and "quantization_config" in read_json(settings)
 
 
 def _quantization(quantization: Quantization, config: BackboneConfig) -> Any:

@@ -67,8 +67,10 @@ class Method(LightningModule):
         if settings and INSTANTIATOR not in settings:  # not built by the command line
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = _plain(settings)
         if self.device_mesh is None:  # a sharded checkpoint is read back name by name, and must be whole
-            frozen, state = self._frozen(), checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in frozen}
+            frozen, quantised, state = self._frozen(), self._quantised(), checkpoint["state_dict"]
+            checkpoint["state_dict"] = {
+                name: value for name, value in state.items() if name not in frozen and not name.startswith(quantised)
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_method(checkpoint, type(self).__name__)
@@ -78,13 +80,20 @@ class Method(LightningModule):
         missing -= state.keys()
         if missing:
             raise InputError(f"the checkpoint lacks {len(missing)} trained weights, such as '{min(missing)}'")
+        quantised = self._quantised()
         for name in self._frozen():
-            state.setdefault(name, own[name])
+            if not name.startswith(quantised):
+                state.setdefault(name, own[name])
 
     def _frozen(self) -> set[str]:
         """Names of untrained weights, all names of those that several modules share."""
         named = self.named_parameters(remove_duplicate=False)
         return {name for name, parameter in named if not parameter.requires_grad}
+
+    def _quantised(self) -> tuple[str, ...]:
+        """Prefixes of what bitsandbytes' layers hold, packed weights and constants."""
+        named = self.named_modules(remove_duplicate=False)
+        return tuple(f"{name}." for name, module in named if type(module).__module__.startswith("bitsandbytes."))
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

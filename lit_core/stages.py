@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -360,7 +361,9 @@ def write_export(spec: Spec, checkpoint: Path, output: Path, form: str) -> None:
             whole = Path(folder) / "whole.ckpt"
             torch.save(_consolidate(checkpoint), whole)
             checkpoint = whole
-        module = method.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found keys that are in the model state dict")  # quantised layers
+            module = method.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     module.export(output, form)
 
 

@@ -72,6 +72,7 @@ class CausalLM(Method):
         self.save_hyperparameters()
         self.backbone, self.length, self.loading = backbone, length, loading
         self.lora, self.quantization = lora, quantization
+        self.strict_loading = quantization is None  # quantised layers are not read back from a checkpoint
 
     def configure_model(self) -> None:
         if "model" in dict(self.named_children()):

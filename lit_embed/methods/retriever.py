@@ -56,6 +56,7 @@ class Retriever(Method):
         super().__init__(optimizer, schedule, max_grad_norm)
         self.backbone, self.encoder_config, self.loading = backbone, encoder, loading
         self.lora, self.quantization, self.top_k = lora, quantization, top_k
+        self.strict_loading = quantization is None  # quantised layers are not read back from a checkpoint
         self.validation_metrics = RetrievalMetrics(METRICS)
         self.collected: tuple[Vectors, Vectors] = (Vectors(), Vectors())
         self.runs: dict[str, Run] = {}

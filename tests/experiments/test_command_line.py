@@ -102,6 +102,22 @@ def test_a_fit_in_stages_that_was_cut_off_goes_on(tmp_path: Path, lost: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_backbone_goes_through_both_stages_and_resumes(tmp_path: Path, quantization: str) -> None:
+    flags = [*SMALL, *QUIET, "--trainer.default_root_dir", str(tmp_path)]
+    model = [f"--model.quantization={quantization}", "--model.lora.r=4"]
+    assert llm_ql(["fit", *flags, *model, "--trainer.max_steps=2"]) == 0
+    assert (tmp_path / "query_likelihood" / "export" / "adapter_config.json").is_file()
+    before = weights(tmp_path / "contrastive" / "last.ckpt")
+    assert before
+    assert all("lora" in name for name in before)
+    assert llm_ql(["fit", *flags, "--ckpt_path", "last", "--trainer.max_steps=3"]) == 0
+    assert any(
+        not torch.equal(value, before[name]) for name, value in weights(tmp_path / "contrastive" / "last.ckpt").items()
+    )
+
+
+@pytest.mark.slow
 def test_a_stage_named_by_its_setting_runs_alone(tmp_path: Path) -> None:
     place = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps=1"]
     assert llm_ql(["fit", *SMALL, *QUIET, *place, "--model.stage", "contrastive", "--model.attention_block=true"]) == 0
