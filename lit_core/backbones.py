@@ -150,7 +150,7 @@ def add_adapter(model: Any, lora: Lora, task: Task) -> nn.Module:
         task_type={"encoder": "FEATURE_EXTRACTION", "causal_lm": "CAUSAL_LM"}[task],
     )
     with _peft_warnings():
-        return get_peft_model(model, settings, autocast_adapter_dtype=False)
+        return get_peft_model(model, settings)  # adapters in float32, whatever the backbone's type
 
 
 def unwrap(model: nn.Module) -> Any:

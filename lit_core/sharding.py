@@ -44,6 +44,10 @@ def shard(module: nn.Module, mesh: Any, blocks: Iterable[nn.Module] = ()) -> Non
             "tensor_parallel_size to 1"
         )
     data = mesh["data_parallel"]
+    frozen = next((p.dtype for p in module.parameters() if not p.requires_grad), None)
+    for parameter in module.parameters():
+        if parameter.requires_grad and frozen is not None and parameter.dtype != frozen:
+            parameter.data = parameter.data.to(frozen)  # a unit has one type, so adapters take their backbone's
     for block in blocks:
         fully_shard(block, mesh=data)
     fully_shard(module, mesh=data)

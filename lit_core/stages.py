@@ -125,6 +125,7 @@ class ExperimentCLI(LightningCLI):
         if checkpoint and checkpoint not in ("last", "best"):
             check_method(read_metadata(Path(checkpoint)), load(self.spec.method).__name__, checkpoint)
         _check_devices(settings["trainer"])
+        _check_precision(settings["trainer"])
 
     def _parse_ckpt_path(self) -> None:
         """Take the model's settings from a sharded checkpoint too, which is a folder: lightning reads files alone."""
@@ -371,6 +372,16 @@ def _consolidate(folder: Path) -> dict[str, Any]:
     from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
     return _load_distributed_checkpoint(folder)
+
+
+def _check_precision(trainer: Any) -> None:
+    """Lightning would round everything, the rotary frequencies included, which the exported model has exact."""
+    if trainer["precision"] in ("bf16-true", "16-true"):
+        dtype = {"bf16-true": "bfloat16", "16-true": "float16"}[trainer["precision"]]
+        raise InputError(
+            f"--trainer.precision {trainer['precision']} rounds position frequencies; use --trainer.precision "
+            f"32-true with --model.loading.dtype {dtype}"
+        )
 
 
 def _check_devices(trainer: Any) -> None:

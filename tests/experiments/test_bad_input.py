@@ -81,6 +81,7 @@ def test_broken_collections(
         (["--model.temperature=-1"], "temperature must be above 0, got -1"),
         (["--trainer.devices", "9999"], "9999"),
         (["--model.encoder.query_prompt=one two three", "--model.encoder.query_length=4"], "query_length must exceed"),
+        (["--trainer.precision=bf16-true"], "32-true with --model.loading.dtype bfloat16"),
         (["--model.no_such_flag=1"], "no_such_flag"),
         (["--model.encoder.pooling=median"], "pooling"),
         (["--trainer.max_steps=1e3"], "max_steps"),

@@ -47,7 +47,7 @@ def test_preset_weights_depend_on_their_seed_alone(name: str) -> None:
 @pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
 def test_weights_have_the_dtype_asked_for(dtype: Any, expected: torch.dtype) -> None:
     model = load_backbone("tiny-qwen3", config=BackboneConfig(dtype=dtype), lora=Lora(r=2))
-    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {expected}
 
 
 @pytest.mark.parametrize(("task", "head"), [("encoder", False), ("causal_lm", True)])
@@ -159,3 +159,11 @@ def test_bad_backbones_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"preset .tiny-qwen3. cannot be built as encoder"):
         load_backbone("tiny-qwen3", "encoder", BackboneConfig(attention="none"))  # type: ignore[arg-type]
+
+
+def test_adapters_of_a_bfloat16_backbone_are_float32() -> None:
+    model = load_backbone("tiny-qwen3", config=BackboneConfig(dtype="bfloat16"), lora=Lora(r=4))
+    types = {parameter.requires_grad: parameter.dtype for parameter in model.parameters()}
+    assert types == {True: torch.float32, False: torch.bfloat16}
+    model(input_ids=torch.arange(5)[None]).last_hidden_state.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
