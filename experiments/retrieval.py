@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from shutil import copyfile
 from typing import Any, Protocol
 
+from lit_core.files import read_json, write_json
 from lit_core.reproduce import Arm, ArmContext, write_results
 from lit_core.setting import Setting
 from lit_core.stages import ExperimentCLI
@@ -37,8 +37,7 @@ def rank_test_queries(
     context: ArmContext,
     cli: ExperimentCLI,
     extra: Mapping[str, float] | None = None,
-    tokens: float = 0,
-    steps: float = 0,
+    earlier: ExperimentCLI | None = None,
 ) -> None:
     """Rank the test queries by a fitted retriever and write the arm's results and curves.
 
@@ -46,15 +45,19 @@ def rank_test_queries(
         context: The arm.
         cli: Its last fit.
         extra: Further metrics.
-        tokens: Tokens of earlier fits.
-        steps: Optimizer steps of earlier fits.
+        earlier: The fit before, whose cost counts and whose own curves are kept.
     """
+    fits = [cli] if earlier is None else [earlier, cli]
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     module: Any = cli.model
-    curves = cli.folder / "curves.json"
-    if curves.exists():
-        copyfile(curves, context.folder / "curves.json")
-    cost = {"tokens": tokens + cli.throughput.tokens, "steps": steps + cli.trainer.global_step}
+    curves: dict[str, Any] = {}
+    for path in (fit.folder / "curves.json" for fit in fits):
+        curves |= read_json(path) if path.exists() else {}
+    write_json(context.folder / "curves.json", curves)
+    cost = {
+        "tokens": float(sum(fit.throughput.tokens for fit in fits)),
+        "steps": float(sum(fit.trainer.global_step for fit in fits)),
+    }
     qrels = cli.datamodule.collection("test").qrels
     finish(context, module.runs[type(module).__name__], qrels, extra, cost)
 

@@ -114,9 +114,8 @@ def _two_stages(setting: Setting, context: ArmContext, flags: Sequence[str]) -> 
     cli = setting.fit(first, context.seed, [*_start(context), *flags], QL)
     gap = _gap(context, cli)
     backbone = exported(cli, first / "export")
-    tokens, steps = cli.throughput.tokens, cli.trainer.global_step
     second = setting.fit(context.folder / CONTRASTIVE, context.seed, [f"--model.backbone={backbone}"], CONTRASTIVE)
-    rank_test_queries(context, second, gap, tokens=tokens, steps=steps)
+    rank_test_queries(context, second, gap, earlier=cli)
 
 
 def _gap(context: ArmContext, cli: Any) -> dict[str, float]:
