@@ -1,0 +1,196 @@
+"""Rewards by token, returns and advantages (rl_core card, sections 2 and 3).
+
+Tensors are ``(B, T)``: a row a response, right-padded; masks are boolean, True = a token that the policy chose. Masked
+positions inside a response (tool output) are skipped: what follows them is carried over. Scores and group ids are
+``(B,)``; equal ids belong to one prompt, in any order. Nothing is written in place.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_rl.functional.masking import Reduce, identity, whiten
+
+Scale = Literal["group", "batch", "none"]
+
+
+class Advantages(NamedTuple):
+    """Advantages and the returns that a value function is trained on, both ``(B, T)`` and 0 outside the mask."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+class Groups(NamedTuple):
+    """Statistics of each row's group, ``(B,)`` each; ``equal`` says that all its scores are the same."""
+
+    mean: Tensor
+    std: Tensor
+    count: Tensor
+    equal: Tensor
+
+
+def token_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, kl_coefficient: float = 0.0) -> Tensor:
+    """Put each score on the last token that counts and subtract the penalty of every token.
+
+    Args:
+        scores: ``(B,)``.
+        mask: Bool ``(B, T)``; a row without any token gets no reward.
+        kl: Per-token divergence from the reference ``(B, T)``.
+        kl_coefficient: Its weight.
+    """
+    last = mask & (mask.long().flip(1).cumsum(1).flip(1) == 1)
+    rewards = last * scores[:, None]
+    return rewards if kl is None else rewards - kl_coefficient * torch.where(mask, kl, torch.zeros_like(kl))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float = 1.0, decay: float = 0.95) -> Advantages:
+    """Generalised advantage estimation (Schulman et al. 2016); the value behind the last token is 0.
+
+    Args:
+        rewards: ``(B, T)``.
+        values: Value of the state before each token ``(B, T)``.
+        mask: Bool ``(B, T)``.
+        discount: gamma.
+        decay: lambda.
+
+    Returns:
+        Advantages, not whitened, and returns (advantage plus value).
+    """
+    order = _valid_first(mask)
+    valid = mask.gather(1, order)
+    reward, value = (torch.where(valid, tensor.gather(1, order), 0.0) for tensor in (rewards, values))
+    following = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], dim=1)
+    advantages = discounted_sums(torch.where(valid, reward + discount * following - value, 0.0), discount * decay)
+    found = torch.where(mask, torch.zeros_like(advantages).scatter(1, order, advantages), 0.0)
+    return Advantages(found, torch.where(mask, found + values, 0.0))
+
+
+def returns_to_go(rewards: Tensor, mask: Tensor, discount: float = 1.0) -> Tensor:
+    """Sum of a token's reward and all later ones, discounted by their distance in tokens that count: ``(B, T)``."""
+    order = _valid_first(mask)
+    sums = discounted_sums(torch.where(mask.gather(1, order), rewards.gather(1, order), 0.0), discount)
+    return torch.where(mask, torch.zeros_like(sums).scatter(1, order, sums), 0.0)
+
+
+def discounted_sums(values: Tensor, factor: float) -> Tensor:
+    """``S_t = v_t + factor * S_{t+1}`` along the last dimension, in log2(T) steps over the whole tensor."""
+    step, length = 1, values.shape[-1]
+    while step < length:
+        shifted = torch.nn.functional.pad(values[..., step:], (0, step))
+        values = values + factor**step * shifted
+        step *= 2
+    return values
+
+
+def grpo(
+    scores: Tensor,
+    group_ids: Tensor,
+    mask: Tensor,
+    scale: Scale = "group",
+    epsilon: float = 1e-6,
+    reduce: Reduce = identity,
+) -> Tensor:
+    """``(r - mean of the group) / (std + epsilon)``, the same for all tokens of a response.
+
+    A group whose scores are all equal gives exactly 0; a group of one has mean 0 and standard deviation 1.
+
+    Args:
+        scores: ``(B,)``.
+        group_ids: Long ``(B,)``.
+        mask: Bool ``(B, T)``.
+        scale: Divide by the unbiased standard deviation of the group, of the batch (TRL's option), or not (Dr. GRPO).
+        epsilon: 1e-6 as verl, 1e-4 as TRL, 1e-9 as OpenRLHF.
+        reduce: Sums over ranks, for the standard deviation of the batch.
+    """
+    groups = group_statistics(scores, group_ids)
+    advantages = _centred(scores, groups)
+    if scale == "group":
+        advantages = advantages / (groups.std + epsilon)
+    elif scale == "batch":
+        advantages = advantages / (_batch_std(scores, reduce) + epsilon)
+    return _by_token(advantages, mask)
+
+
+def dr_grpo(scores: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
+    """``r - mean of the group``, the same for all tokens of a response (Liu et al. 2025)."""
+    return grpo(scores, group_ids, mask, scale="none")
+
+
+def rloo(scores: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
+    """``r - mean of the others in the group``, the same for all tokens of a response (Ahmadian et al. 2024)."""
+    groups = group_statistics(scores, group_ids)
+    return _by_token(_centred(scores, groups) * (groups.count / (groups.count - 1).clamp(min=1)), mask)
+
+
+def reinforce_pp(
+    rewards: Tensor, mask: Tensor, discount: float = 1.0, unbiased: bool = True, reduce: Reduce = identity
+) -> Advantages:
+    """REINFORCE++: returns to go, whitened over all tokens of the batch.
+
+    Args:
+        rewards: ``(B, T)``, the penalty of the reference subtracted.
+        mask: Bool ``(B, T)``.
+        discount: gamma.
+        unbiased: See :func:`lit_rl.functional.masking.whiten`.
+        reduce: Sums over ranks.
+    """
+    returns = returns_to_go(rewards, mask, discount)
+    return Advantages(whiten(returns, mask, unbiased, reduce), returns)
+
+
+def reinforce_pp_baseline(
+    scores: Tensor, group_ids: Tensor, mask: Tensor, unbiased: bool = True, reduce: Reduce = identity
+) -> Tensor:
+    """REINFORCE++-baseline: ``r - mean of the group``, whitened over all tokens of the batch.
+
+    The whitening moves groups without a signal away from 0; that is the method.
+    """
+    return whiten(dr_grpo(scores, group_ids, mask), mask, unbiased, reduce)
+
+
+def remax(scores: Tensor, greedy_scores: Tensor, mask: Tensor) -> Tensor:
+    """``r - score of the greedy response``, both ``(B,)``, the same for all tokens of a response (Li et al. 2024)."""
+    return _by_token(scores - greedy_scores, mask)
+
+
+def group_statistics(scores: Tensor, group_ids: Tensor) -> Groups:
+    """Mean, unbiased standard deviation and size of each row's group; a group of one has mean 0 and deviation 1."""
+    scores = scores.float()
+    _, group = group_ids.unique(return_inverse=True)
+    size = int(group.max()) + 1 if len(group) else 0
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(size, device=values.device).index_add(0, group, values)[group]
+
+    count = total(torch.ones_like(scores))
+    alone = count == 1
+    mean = torch.where(alone, 0.0, total(scores) / count)
+    variance = total((scores - mean).square()) / (count - 1).clamp(min=1)
+    most, least = (
+        torch.zeros(size, device=scores.device).scatter_reduce(0, group, scores, how, include_self=False)[group]
+        for how in ("amax", "amin")
+    )
+    return Groups(mean, torch.where(alone, 1.0, variance.sqrt()), count, (most == least) & ~alone)
+
+
+def _centred(scores: Tensor, groups: Groups) -> Tensor:
+    """Scores minus their group's mean; exactly 0 where all are equal, whatever the rounding of the mean."""
+    return torch.where(groups.equal, 0.0, scores.float() - groups.mean)
+
+
+def _batch_std(scores: Tensor, reduce: Reduce) -> Tensor:
+    scores = scores.float()
+    total, count = reduce(torch.stack([scores.sum(), torch.tensor(float(len(scores)), device=scores.device)]))
+    squares = reduce((scores - total / count).square().sum())
+    return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def _by_token(advantages: Tensor, mask: Tensor) -> Tensor:
+    return advantages[:, None] * mask
+
+
+def _valid_first(mask: Tensor) -> Tensor:
+    """Order of each row's positions that puts those that count first, as they stand."""
+    return (~mask).long().argsort(dim=1, stable=True)
