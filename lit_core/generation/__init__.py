@@ -1,0 +1,1 @@
+"""Text generation from the weights in training."""

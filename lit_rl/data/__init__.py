@@ -1,0 +1,1 @@
+"""Prompts: generators that need no download, and readers."""
