@@ -1,7 +1,7 @@
 """Choosing the next token, so that a request gets the same ones whoever shares its batch.
 
-Each request has a seed of its own. The number that decides on its token at a step is a hash of the seed and the step, not
-the next one of a stream that all requests draw from.
+Each request has a seed of its own. The number that decides on its token at a step is a hash of the seed and the step,
+not the next one of a stream that all requests draw from.
 """
 
 from dataclasses import dataclass
@@ -91,10 +91,7 @@ def choose(logits: Tensor, draws: Tensor, params: SamplingParams) -> Choice:
     logits = logits.float()
     tempered = logits / params.temperature if params.temperature > 0 else logits
     logs = tempered.log_softmax(-1)
-    if params.temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        tokens = _draw(logs, draws, params)
+    tokens = logits.argmax(-1) if params.temperature == 0 else _draw(logs, draws, params)
     return Choice(tokens, logs.gather(-1, tokens[:, None]).squeeze(-1))
 
 
@@ -117,5 +114,7 @@ def _inverted(weights: Tensor, draws: Tensor) -> Tensor:
     cumulative = weights.double().cumsum(-1)
     target = draws[:, None].to(cumulative.device) * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    last = weights.shape[-1] - 1 - weights.flip(-1).gt(0).int().argmax(-1)  # rounding must not choose what has no weight
+    last = (
+        weights.shape[-1] - 1 - weights.flip(-1).gt(0).int().argmax(-1)
+    )  # rounding must not choose what has no weight
     return torch.minimum(place, last)

@@ -97,7 +97,9 @@ def _draw(rng: random.Random, numbers: Sequence[int], operators: str) -> tuple[F
     parts = [(Fraction(number), str(number)) for number in numbers]
     while len(parts) > 1:
         (left, left_text), (right, right_text) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
-        usable = [operator for operator in operators if operator != "/" or (right != 0 and (left / right).denominator == 1)]
+        usable = [
+            operator for operator in operators if operator != "/" or (right != 0 and (left / right).denominator == 1)
+        ]
         operator = rng.choice(usable or ["+"])
         value = {"+": left + right, "-": left - right, "*": left * right}.get(operator)
         parts.append((left / right if value is None else value, f"({left_text} {operator} {right_text})"))

@@ -27,7 +27,7 @@ class Groups(NamedTuple):
 
     mean: Tensor
     std: Tensor
-    count: Tensor
+    size: Tensor
     equal: Tensor
 
 
@@ -121,7 +121,7 @@ def dr_grpo(scores: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
 def rloo(scores: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
     """``r - mean of the others in the group``, the same for all tokens of a response (Ahmadian et al. 2024)."""
     groups = group_statistics(scores, group_ids)
-    return _by_token(_centred(scores, groups) * (groups.count / (groups.count - 1).clamp(min=1)), mask)
+    return _by_token(_centred(scores, groups) * (groups.size / (groups.size - 1).clamp(min=1)), mask)
 
 
 def reinforce_pp(

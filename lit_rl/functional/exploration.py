@@ -19,7 +19,7 @@ def entropy(logits: Tensor) -> Tensor:
     """Entropy over the whole vocabulary at each position, float32 ``(...)`` from ``(..., V)``."""
     logs = logits.float().log_softmax(-1)
     probabilities = logs.exp()
-    return -torch.where(probabilities > 0, probabilities * logs, 0.0).sum(-1)
+    return -(probabilities * torch.where(probabilities > 0, logs, 0.0)).sum(-1)  # 0 log 0 = 0, gradients included
 
 
 def trust_region_entropy(
@@ -82,7 +82,7 @@ def _region(logits: Tensor, top_k: int | None, top_p: float | None, cap: int | N
     best = logits.topk(min(cap or vocabulary, vocabulary), dim=-1).values
     mass = (best - logits.logsumexp(-1, keepdim=True)).detach().exp()
     before = mass.cumsum(-1) - mass
-    inside = before < top_p
+    inside = before < (1.0 if top_p is None else top_p)
     inside[..., 0] = True
     return best, inside
 
