@@ -114,7 +114,5 @@ def _inverted(weights: Tensor, draws: Tensor) -> Tensor:
     cumulative = weights.double().cumsum(-1)
     target = draws[:, None].to(cumulative.device) * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    last = (
-        weights.shape[-1] - 1 - weights.flip(-1).gt(0).int().argmax(-1)
-    )  # rounding must not choose what has no weight
-    return torch.minimum(place, last)
+    last = weights.shape[-1] - 1 - weights.flip(-1).gt(0).int().argmax(-1)
+    return torch.minimum(place, last)  # rounding must not choose what has no weight

@@ -14,7 +14,7 @@ from lit_core.errors import InputError
 from lit_embed.data.beir import pairs_from_qrels
 from lit_embed.data.dataset import MixedDataset, PairDataset, TextDataset
 from lit_embed.data.huggingface import StreamLoader, load_examples, load_rows, row_parser
-from lit_embed.data.loader import ResumableLoader, start_worker
+from lit_embed.data.loader import ResumableLoader, plain_loader
 from lit_embed.data.negatives import add_bm25_negatives
 from lit_embed.data.pairs import read_pairs
 from lit_embed.data.records import Collection, Example, PairItem, TextItem
@@ -272,13 +272,7 @@ class RetrievalDataModule(LightningDataModule):
         sampler = LengthSortedBatchSampler(lengths, self.token_budget, self._rank, self._world_size)
         dataset = TextDataset(list(texts.items()))
         collate = self._module.text_collator(kind)
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            worker_init_fn=start_worker,
-        )
+        return plain_loader(dataset, sampler, collate, self.num_workers)
 
     def _pair_loader(self) -> DataLoader[Any]:
         """Return validation pairs: the same ones, and the same positives, every time."""
@@ -289,10 +283,4 @@ class RetrievalDataModule(LightningDataModule):
             dataset.sizes, self.batch_size, self.seed, self._rank, self._world_size, drop_last=False, shuffle=False
         )
         collate = self._module.pair_collator(train=False)
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            worker_init_fn=start_worker,
-        )
+        return plain_loader(dataset, sampler, collate, self.num_workers)

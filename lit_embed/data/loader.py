@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_embed.data.samplers import HomogeneousBatchSampler
 
@@ -20,6 +20,15 @@ from lit_embed.data.samplers import HomogeneousBatchSampler
 def start_worker(number: int) -> None:
     """Keep tokenizers from starting threads in a worker process: their pool does not survive the fork."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def plain_loader(
+    dataset: Dataset[Any], batches: Sampler[Any], collate: Callable[[list[Any]], Any], num_workers: int
+) -> DataLoader[Any]:
+    """A loader without a state, for evaluation."""
+    return DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, worker_init_fn=start_worker
+    )
 
 
 class _Position:

@@ -12,7 +12,7 @@ from lit_core.files import read_jsonl
 from lit_core.progress import track
 from lit_embed.data.beir import string_field
 from lit_embed.data.dataset import TextDataset
-from lit_embed.data.loader import ResumableLoader, start_worker
+from lit_embed.data.loader import ResumableLoader, plain_loader
 from lit_embed.data.records import TextItem, content_id
 from lit_embed.data.samplers import HomogeneousBatchSampler, permutation
 from lit_embed.data.world import WorldConfig, build_world
@@ -95,13 +95,7 @@ class TextDataModule(LightningDataModule):
         dataset = TextDataset(self.val_texts)
         sampler = self._sampler(dataset, drop_last=False, shuffle=False)
         collate = self._collator()
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            worker_init_fn=start_worker,
-        )
+        return plain_loader(dataset, sampler, collate, self.num_workers)
 
     @property
     def _world_size(self) -> int:
