@@ -93,8 +93,8 @@ def loss_of(variant: str, model: Any, documents: list[list[int]], queries: list[
     """The loss of one variant."""
     if variant.endswith("logits"):
         return lambda: plain_loss(model, documents, queries, everywhere=variant == "full logits")
+    from lit_core.tokens import Tokens
     from lit_embed.modules.query_likelihood import QueryLikelihood
-    from lit_embed.modules.tokens import Tokens
 
     likelihood = QueryLikelihood(model, pad_id=0, form=variant)  # type: ignore[arg-type]
     packed = Tokens.from_lists(documents), Tokens.from_lists(queries)

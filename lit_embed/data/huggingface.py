@@ -8,10 +8,10 @@ from typing import Any
 
 from lit_core.errors import InputError
 from lit_core.progress import track
+from lit_core.samplers import mix_seed, permutation
 from lit_embed.data.dataset import draw_pair
 from lit_embed.data.pairs import PairReader
 from lit_embed.data.records import Example, PairItem, merge_examples
-from lit_embed.data.samplers import mix_seed, permutation
 
 FILE_TYPES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
 

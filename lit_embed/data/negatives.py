@@ -4,8 +4,8 @@ import random
 from collections.abc import Mapping
 
 from lit_core.errors import InputError
+from lit_core.samplers import mix_seed
 from lit_embed.data.records import Example, Passage
-from lit_embed.data.samplers import mix_seed
 
 MINED_PER_QUERY = 16  # a pool to draw from anew each epoch
 SEARCH_DEPTH = 100

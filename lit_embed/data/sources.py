@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from lit_core.errors import InputError
+from lit_core.samplers import permutation
 from lit_embed.data.beir import Document, available_splits, pairs_from_qrels, read_documents, read_qrels, read_queries
 from lit_embed.data.pseudo import pseudo_collection, pseudo_pairs
 from lit_embed.data.records import Collection, Example
-from lit_embed.data.samplers import permutation
 from lit_embed.data.world import WorldConfig, build_world
 
 PairKind = Literal["auto", "qrels", "title", "sentence"]

@@ -9,12 +9,12 @@ from torch.utils.data import DataLoader
 
 from lit_core.errors import InputError
 from lit_core.files import read_jsonl
+from lit_core.loader import ResumableLoader, plain_loader
 from lit_core.progress import track
+from lit_core.samplers import HomogeneousBatchSampler, permutation
 from lit_embed.data.beir import string_field
 from lit_embed.data.dataset import TextDataset
-from lit_embed.data.loader import ResumableLoader, plain_loader
 from lit_embed.data.records import TextItem, content_id
-from lit_embed.data.samplers import HomogeneousBatchSampler, permutation
 from lit_embed.data.world import WorldConfig, build_world
 
 HELD_OUT_TEXTS = (0.05, 200)  # share and most of the texts that validation uses

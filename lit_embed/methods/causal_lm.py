@@ -19,13 +19,13 @@ from lit_core.backbones import (
     unwrap,
 )
 from lit_core.errors import InputError
+from lit_core.export import new_folder, save_model
 from lit_core.lm_head import IGNORE_INDEX, cross_entropy
 from lit_core.module import Method
 from lit_core.optim import Schedule
 from lit_core.sharding import full_tensor, shard, share_of_mean, tie_head
+from lit_core.tokens import Tokens, plan_chunks, plan_equal_chunks
 from lit_embed.modules.encoder import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, is_causal
-from lit_embed.modules.export import new_folder, save_model
-from lit_embed.modules.tokens import Tokens, plan_chunks, plan_equal_chunks
 
 
 class TextsCollator:

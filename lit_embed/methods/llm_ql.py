@@ -12,13 +12,13 @@ from lit_core.backbones import BackboneConfig, Lora, Quantization, load_backbone
 from lit_core.errors import InputError
 from lit_core.optim import Schedule
 from lit_core.sharding import gather_objects, rank, share_of_mean, tie_head, world_size
+from lit_core.tokens import Tokens
 from lit_embed.functional.corruption import Unit
 from lit_embed.methods.dense import Dense
 from lit_embed.modules.batches import Direction, LikelihoodCollator
 from lit_embed.modules.encoder import Encoder, build_encoder
 from lit_embed.modules.query_likelihood import Form, LossScope, QueryLikelihood
 from lit_embed.modules.tokenization import EncoderConfig
-from lit_embed.modules.tokens import Tokens
 from lit_embed.retrieval.bm25 import BM25
 from lit_embed.retrieval.ranking import Run
 

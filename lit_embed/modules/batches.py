@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lit_core.errors import InputError
+from lit_core.tokens import Tokens
 from lit_embed.functional.corruption import Unit, corrupt_tokens, corrupt_words
 from lit_embed.modules.tokenization import Kind, TextTokenizer
-from lit_embed.modules.tokens import Tokens
 
 Direction = Literal["document_to_query", "query_to_document", "both"]
 

@@ -14,9 +14,9 @@ from lit_core.errors import InputError
 from lit_core.files import read_json
 from lit_core.packed import packed_linears
 from lit_core.progress import track
+from lit_core.tokens import Tokens, plan_chunks, plan_equal_chunks
 from lit_embed.functional.pooling import Pooling, finish, pool
 from lit_embed.modules.tokenization import EncoderConfig, Kind, TextTokenizer
-from lit_embed.modules.tokens import Tokens, plan_chunks, plan_equal_chunks
 
 DEFAULT_LENGTH = 512  # tokens, where neither the user, the folder nor the tokenizer says less
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 32768

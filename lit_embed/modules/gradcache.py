@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lit_core.tokens import Tokens
 from lit_embed.modules.encoder import Encoder
-from lit_embed.modules.tokens import Tokens
 
 
 class _RandomState:

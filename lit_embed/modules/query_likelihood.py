@@ -12,10 +12,10 @@ from lit_core.errors import InputError
 from lit_core.lm_head import IGNORE_INDEX, cross_entropy, token_log_probs
 from lit_core.progress import track
 from lit_core.sharding import full_tensor
+from lit_core.tokens import Tokens, plan_chunks, plan_equal_chunks
 from lit_embed.functional.masks import attention_stop, causal
 from lit_embed.modules.encoder import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
 from lit_embed.modules.split_attention import SplitLayout, use_split_attention
-from lit_embed.modules.tokens import Tokens, plan_chunks, plan_equal_chunks
 
 Form = Literal["split", "two_pass", "dense"]
 LossScope = Literal["query", "document_and_query"]

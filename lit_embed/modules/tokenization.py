@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lit_core.errors import InputError
+from lit_core.tokens import Tokens
 from lit_embed.functional.pooling import Pooling
-from lit_embed.modules.tokens import Tokens
 
 Kind = Literal["query", "passage"]
 

@@ -149,7 +149,7 @@ class _Letters:
     """Stands in for a tokenizer where only ids matter."""
 
     def __call__(self, texts: list[str], kind: str) -> Any:
-        from lit_embed.modules.tokens import Tokens
+        from lit_core.tokens import Tokens
 
         return Tokens.from_lists(
             [[document_key(text) % 97 if kind == "passage" else 100 + int(text)] for text in texts]

@@ -6,8 +6,8 @@ import torch
 
 from lit_core.backbones import Lora
 from lit_core.errors import InputError
+from lit_core.tokens import Tokens
 from lit_embed.methods.causal_lm import CausalLM
-from lit_embed.modules.tokens import Tokens
 
 TEXTS = [{"text": text} for text in ("the 42", "a longer text about a vessel", "over-long " * 30)]
 

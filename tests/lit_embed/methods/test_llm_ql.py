@@ -6,11 +6,11 @@ import torch
 
 from lit_core.errors import InputError
 from lit_core.optim import Schedule
+from lit_core.tokens import Tokens
 from lit_embed.methods.llm_ql import LLMQL
 from lit_embed.modules.batches import LikelihoodCollator, PairCollator
 from lit_embed.modules.encoder import build_encoder
 from lit_embed.modules.tokenization import EncoderConfig
-from lit_embed.modules.tokens import Tokens
 
 ENCODER = EncoderConfig(query_prompt="search: ", passage_prompt="read: ", suffix=" so:", passage_length=20)
 QUERIES = {"q1": "the red vessel", "q2": "nine", "q3": "never found"}

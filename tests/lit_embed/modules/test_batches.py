@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lit_core.presets import preset_tokenizer
+from lit_core.tokens import Tokens
 from lit_embed.modules.batches import LikelihoodCollator, PairCollator, TextCollator, document_key
 from lit_embed.modules.tokenization import EncoderConfig, TextTokenizer
-from lit_embed.modules.tokens import Tokens
 
 CONFIG = EncoderConfig("eos", query_prompt="find: ", passage_prompt="read this: ", suffix=" so:")
 PLAIN = preset_tokenizer("tiny-qwen3")

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lit_core.backbones import BackboneConfig, Lora, Quantization, load_backbone, text_model
 from lit_core.errors import InputError
+from lit_core.export import new_folder
 from lit_core.files import read_json
 from lit_core.presets import preset_config, preset_tokenizer
 from lit_embed.modules.encoder import Encoder, build_encoder
-from lit_embed.modules.export import export_encoder, new_folder
+from lit_embed.modules.export import export_encoder
 from lit_embed.modules.tokenization import EncoderConfig
 
 pytestmark = [

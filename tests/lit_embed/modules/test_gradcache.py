@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from lit_core.backbones import Lora
+from lit_core.tokens import Tokens
 from lit_embed.functional.losses import info_nce
 from lit_embed.modules.encoder import Encoder, build_encoder
 from lit_embed.modules.gradcache import cached_backward
 from lit_embed.modules.tokenization import EncoderConfig
-from lit_embed.modules.tokens import Tokens
 
 SAME_LENGTH, MIXED = [6] * 12, [3, 11, 5, 5, 2, 9, 4, 7, 13, 1, 6, 8]
 

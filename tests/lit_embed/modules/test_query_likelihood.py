@@ -11,8 +11,8 @@ from lit_core.backbones import BackboneConfig, Lora, load_backbone, unwrap
 from lit_core.errors import InputError
 from lit_core.lm_head import cross_entropy
 from lit_core.presets import preset_config
+from lit_core.tokens import Tokens
 from lit_embed.modules.query_likelihood import LossScope, QueryLikelihood
-from lit_embed.modules.tokens import Tokens
 
 FORMS: list[Any] = ["split", "two_pass", "dense"]
 SCOPES: list[LossScope] = ["query", "document_and_query"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lit_embed.modules.tokens import Tokens, plan_chunks, plan_equal_chunks
+from lit_core.tokens import Tokens, plan_chunks, plan_equal_chunks
 
 TOKENS = Tokens.from_lists([[1, 2, 3], [4], [5, 6]])
 

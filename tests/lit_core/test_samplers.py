@@ -1,7 +1,7 @@
 import pytest
 
 from lit_core.errors import InputError
-from lit_embed.data.samplers import HomogeneousBatchSampler, LengthSortedBatchSampler, mix_seed
+from lit_core.samplers import HomogeneousBatchSampler, LengthSortedBatchSampler, mix_seed
 
 Batches = list[list[tuple[int, int, int]]]
 

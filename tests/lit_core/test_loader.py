@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lit_embed.data.loader import ResumableLoader
-from lit_embed.data.samplers import HomogeneousBatchSampler
+from lit_core.loader import ResumableLoader
+from lit_core.samplers import HomogeneousBatchSampler
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # lightning 2.6 on torch 2.13

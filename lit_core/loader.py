@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lit_embed.data.samplers import HomogeneousBatchSampler
+from lit_core.samplers import HomogeneousBatchSampler
 
 
 def start_worker(number: int) -> None:
