@@ -3,7 +3,8 @@
 Every function is the identity in a single process, so that callers never ask how many ranks there are.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,24 @@ def tie_head(model: Any) -> None:
     """
     if model.config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+
+@contextmanager
+def gathered_weights(module: nn.Module) -> Iterator[None]:
+    """Whole weights on every rank inside the block, for work that does not go through ``forward`` (FSDP2's hooks).
+
+    Each rank may then do as many forward passes as it likes; the memory is that of the whole model.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in sharded:
+            part.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

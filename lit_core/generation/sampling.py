@@ -4,6 +4,7 @@ Each request has a seed of its own. The number that decides on its token at a st
 not the next one of a stream that all requests draw from.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,9 +59,15 @@ class Choice(NamedTuple):
     log_probs: Tensor
 
 
-def uniforms(seeds: Tensor, steps: Tensor) -> Tensor:
-    """Numbers in [0, 1) from seeds and step numbers (both Long ``(B,)``), float64 ``(B,)``; SplitMix64 twice."""
-    return (_mix(_mix(seeds) + steps) >> 11 & ((1 << 53) - 1)).double() / (1 << 53)
+def keys(seeds: Tensor, steps: Tensor) -> Tensor:
+    """One number for each seed and step (both Long ``(B,)``), Long ``(B,)``: SplitMix64 twice."""
+    return _mix(_mix(seeds) + steps)
+
+
+def uniforms(keys: Tensor, count: int) -> Tensor:
+    """The first numbers in (0, 1) of each key's own stream, float64 ``(B, count)``; SplitMix64."""
+    state = keys[:, None] + _GOLDEN * torch.arange(count, device=keys.device)
+    return ((_mix(state) >> 11 & ((1 << 53) - 1)).double() + 0.5) / (1 << 53)
 
 
 def _mix(state: Tensor) -> Tensor:
@@ -76,12 +83,12 @@ def _shifted(state: Tensor, bits: int) -> Tensor:
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def choose(logits: Tensor, draws: Tensor, params: SamplingParams) -> Choice:
+def choose(logits: Tensor, keys: Tensor, params: SamplingParams) -> Choice:
     """Choose a token for each row.
 
     Args:
         logits: ``(B, V)``.
-        draws: Numbers in [0, 1), float64 ``(B,)``.
+        keys: From :func:`keys`, Long ``(B,)``.
         params: Temperature and truncation.
 
     Returns:
@@ -89,30 +96,40 @@ def choose(logits: Tensor, draws: Tensor, params: SamplingParams) -> Choice:
         truncation is left out of them, as trainers compute them.
     """
     logits = logits.float()
-    tempered = logits / params.temperature if params.temperature > 0 else logits
-    logs = tempered.log_softmax(-1)
-    tokens = logits.argmax(-1) if params.temperature == 0 else _draw(logs, draws, params)
-    return Choice(tokens, logs.gather(-1, tokens[:, None]).squeeze(-1))
+    if params.temperature not in (0, 1):
+        logits = logits / params.temperature
+    largest = logits.amax(-1, keepdim=True)
+    weights = (logits - largest).exp_()  # probabilities up to a factor: no log-softmax is needed
+    total = weights.sum(-1, keepdim=True)
+    tokens = logits.argmax(-1) if params.temperature == 0 else _draw(_truncated(weights, params), keys)
+    return Choice(tokens, (logits.gather(-1, tokens[:, None]) - largest - total.log()).squeeze(-1))
 
 
-def _draw(logs: Tensor, draws: Tensor, params: SamplingParams) -> Tensor:
-    """Invert the distribution function, over the tokens in the order of the vocabulary or of their probability."""
-    vocabulary = logs.shape[-1]
+def _truncated(weights: Tensor, params: SamplingParams) -> Tensor:
+    """Weights with 0 for what ``top_k`` and ``top_p`` leave out."""
+    vocabulary = weights.shape[-1]
     count = min(params.top_k or vocabulary, vocabulary)
     if count == vocabulary and params.top_p == 1:
-        return _inverted(logs.exp(), draws)
-    best = logs.topk(count, dim=-1) if count < vocabulary else logs.sort(dim=-1, descending=True, stable=True)
-    probabilities = best.values.exp()
-    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        return weights
+    best = weights.topk(count, dim=-1) if count < vocabulary else weights.sort(dim=-1, descending=True, stable=True)
+    probabilities = best.values / best.values.sum(-1, keepdim=True)
     before = probabilities.cumsum(-1) - probabilities
-    kept = torch.where(before < params.top_p, probabilities, 0.0)
-    return best.indices.gather(-1, _inverted(kept, draws)[:, None]).squeeze(-1)
+    kept = torch.where(before < params.top_p, best.values, 0.0)
+    return torch.zeros_like(weights).scatter_(-1, best.indices, kept)
 
 
-def _inverted(weights: Tensor, draws: Tensor) -> Tensor:
-    """Rows' first place whose cumulative weight exceeds the draw's share of the whole."""
-    cumulative = weights.double().cumsum(-1)
-    target = draws[:, None].to(cumulative.device) * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    last = weights.shape[-1] - 1 - weights.flip(-1).gt(0).int().argmax(-1)
-    return torch.minimum(place, last)  # rounding must not choose what has no weight
+def _draw(weights: Tensor, keys: Tensor) -> Tensor:
+    """A token of each row with probability in proportion to its weight: first a block, then one of its tokens.
+
+    Both by an exponential race (the Gumbel-max rule without its logarithms), which rounding of the weights turns
+    over far more rarely than an inverted cumulative sum; two stages keep the draws to twice the vocabulary's root.
+    """
+    rows, size = weights.shape
+    width = max(1, math.isqrt(size))
+    blocks = torch.nn.functional.pad(weights, (0, -size % width)).view(rows, -1, width)
+    count = blocks.shape[1]
+    times = -uniforms(keys, count + width).log()
+    block = (blocks.sum(-1) / times[:, :count]).argmax(-1)
+    inside = blocks[torch.arange(rows, device=weights.device), block]
+    tokens = block * width + (inside / times[:, count:]).argmax(-1)
+    return tokens.clamp(max=size - 1)  # NaN weights must not lead outside

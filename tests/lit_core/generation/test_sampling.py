@@ -5,7 +5,7 @@ import torch
 from scipy.stats import chisquare, kstest
 
 from lit_core.errors import InputError
-from lit_core.generation.sampling import SamplingParams, choose, uniforms
+from lit_core.generation.sampling import SamplingParams, choose, keys, uniforms
 
 MASK = (1 << 64) - 1
 
@@ -20,19 +20,21 @@ def splitmix(state: int) -> int:
 
 def test_draws_are_those_of_splitmix64() -> None:
     seeds, steps = torch.tensor([0, 1, 2**62, -5]), torch.tensor([0, 7, 3, 2])
-    expected = [
-        (splitmix((splitmix(seed & MASK) + step) & MASK) >> 11) / 2**53
-        for seed, step in zip(seeds.tolist(), steps.tolist(), strict=True)
-    ]
-    assert uniforms(seeds, steps).tolist() == expected
+    found = uniforms(keys(seeds, steps), 3)
+    for row, (seed, step) in enumerate(zip(seeds.tolist(), steps.tolist(), strict=True)):
+        key = splitmix((splitmix(seed & MASK) + step) & MASK)
+        stream = [splitmix((key + number * 0x9E3779B97F4A7C15) & MASK) for number in range(3)]
+        assert found[row].tolist() == [((state >> 11) + 0.5) / 2**53 for state in stream]
 
 
-def test_draws_are_uniform_over_steps_and_over_seeds() -> None:
-    many = torch.arange(20_000)
-    assert kstest(uniforms(torch.zeros_like(many), many), "uniform").pvalue > 0.01
-    assert kstest(uniforms(many, torch.zeros_like(many)), "uniform").pvalue > 0.01
-    following = uniforms(torch.zeros(20_001, dtype=torch.long), torch.arange(20_001))
-    assert abs(float(torch.corrcoef(torch.stack([following[:-1], following[1:]]))[0, 1])) < 0.03
+def test_draws_are_uniform_over_steps_over_seeds_and_along_a_stream() -> None:
+    many, none = torch.arange(20_000), torch.zeros(20_000, dtype=torch.long)
+    assert kstest(uniforms(keys(none, many), 1)[:, 0], "uniform").pvalue > 0.01
+    assert kstest(uniforms(keys(many, none), 1)[:, 0], "uniform").pvalue > 0.01
+    assert kstest(uniforms(keys(none[:1], none[:1]), 20_000)[0], "uniform").pvalue > 0.01
+    following = uniforms(keys(torch.zeros(20_001, dtype=torch.long), torch.arange(20_001)), 2)
+    assert abs(float(torch.corrcoef(torch.stack([following[:-1, 0], following[1:, 0]]))[0, 1])) < 0.03
+    assert abs(float(torch.corrcoef(following.T)[0, 1])) < 0.03
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_draws_are_uniform_over_steps_and_over_seeds() -> None:
 def test_frequencies(params: SamplingParams) -> None:
     logits = torch.tensor([2.0, -1, 0.5, 0.4, -3, 1.2, 0, -0.2])
     count = 40_000
-    draws = uniforms(torch.full((count,), 11), torch.arange(count))
+    draws = keys(torch.full((count,), 11), torch.arange(count))
     found = choose(logits.expand(count, -1), draws, params).tokens.bincount(minlength=8)
     expected = (logits / params.temperature).softmax(0)
     order = expected.argsort(descending=True)
@@ -65,7 +67,7 @@ def test_frequencies(params: SamplingParams) -> None:
 
 def test_log_probs_are_those_of_the_whole_vocabulary_under_the_temperature() -> None:
     logits = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
-    draws = uniforms(torch.arange(64), torch.zeros(64, dtype=torch.long))
+    draws = keys(torch.arange(64), torch.zeros(64, dtype=torch.long))
     for params, scale in ((SamplingParams(temperature=0.5, top_p=0.6), 0.5), (SamplingParams(temperature=0), 1.0)):
         found = choose(logits, draws, params)
         logs = (logits / scale).log_softmax(-1)
@@ -75,7 +77,7 @@ def test_log_probs_are_those_of_the_whole_vocabulary_under_the_temperature() -> 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
     logits = torch.randn(32, 50, generator=torch.Generator().manual_seed(1))
-    draws = uniforms(torch.arange(32), torch.full((32,), 5))
+    draws = keys(torch.arange(32), torch.full((32,), 5))
     for params in (SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=3)):
         together = choose(logits, draws, params).tokens
         alone = [choose(logits[row : row + 1], draws[row : row + 1], params).tokens for row in range(32)]
@@ -84,9 +86,18 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 def test_what_has_no_weight_is_never_chosen() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])
-    for draw in (0.0, 0.25, 0.5, 1 - 2**-53):
-        for params in (SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=3)):
-            assert int(choose(logits, torch.tensor([draw], dtype=torch.float64), params).tokens) in (0, 2)
+    many = keys(torch.arange(1000), torch.zeros(1000, dtype=torch.long))
+    for params in (SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=3)):
+        assert set(choose(logits.expand(1000, -1), many, params).tokens.tolist()) <= {0, 2}
+
+
+def test_rounding_hardly_ever_turns_a_choice_over() -> None:  # an inverted cumulative sum turns about 1 in 100
+    logits = torch.randn(20_000, 400, generator=torch.Generator().manual_seed(0))
+    many = keys(torch.arange(20_000), torch.zeros(20_000, dtype=torch.long))
+    rounded = logits * (1 + 1e-6 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)))
+    assert (
+        int((choose(logits, many, SamplingParams()).tokens != choose(rounded, many, SamplingParams()).tokens).sum()) < 5
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Trust-region entropy: exploration that leaves the tail of the vocabulary alone."""
