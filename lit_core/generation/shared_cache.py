@@ -180,8 +180,9 @@ class SharedCache:
             queries, pair = self._projections(number, states, cos, sin)
             pair = pair.permute(0, 2, 3, 1, 4)  # (P, 2, H, L, D)
             self.prompt_cache[number][places, :, :, :width] = pair
+            keys, values = pair.unbind(1)
             mixed = F.scaled_dot_product_attention(  # padding stands behind, so that causality hides it
-                queries.transpose(1, 2), *pair.unbind(1), is_causal=True, scale=1.0, enable_gqa=self.group > 1
+                queries.transpose(1, 2), keys, values, is_causal=True, scale=1.0, enable_gqa=self.group > 1
             )
             states = self._finish_layer(layer, states, mixed.transpose(1, 2).flatten(2))
         last = states[torch.arange(len(prompts), device=self.device), lengths - 1]

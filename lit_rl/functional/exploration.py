@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lit_core.lm_head import Region, Truncation, most_probable, region_entropy
+
 Scale = Literal["logV_over_logS", "none"]
 
 
@@ -33,7 +35,8 @@ def trust_region_entropy(
     """Entropy of the policy renormalised on the tokens that it finds plausible itself (TRE, card section 2.1).
 
     The region is that of these logits and carries no gradient. A nucleus of one token gives 0 without a gradient;
-    ``top_k=1`` gives the min-entropy over the whole vocabulary, unscaled, as the authors' code does.
+    ``top_k=1`` gives the min-entropy over the whole vocabulary, unscaled, as the authors' code does. Training has the
+    same from hidden states without full logits (:func:`lit_core.lm_head.token_log_probs`).
 
     Args:
         logits: ``(..., V)``.
@@ -50,64 +53,44 @@ def trust_region_entropy(
     Raises:
         ValueError: Not exactly one of ``top_k`` and ``top_p``, or one that is out of range.
     """
-    vocabulary = logits.shape[-1]
-    if (top_k is None) == (top_p is None):
-        raise ValueError("trust-region entropy needs either top_k or top_p")
-    if top_k is not None and not 1 <= top_k <= vocabulary:
-        raise ValueError(f"top_k must be between 1 and the {vocabulary} tokens, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    truncation = Truncation(top_k, top_p, cap, mass_preserving)
+    if top_k is not None and top_k > logits.shape[-1]:
+        raise ValueError(f"top_k must be at most the {logits.shape[-1]} tokens, got {top_k}")
     logits = logits.float()
     if top_k == 1:
         return logits.logsumexp(-1) - logits.amax(-1)
-    region, inside = _region(logits, top_k, top_p, cap)
-    values = _RegionEntropy.apply(region, inside, mass_preserving)  # type: ignore[no-untyped-call]
+    region = most_probable(logits, logits.logsumexp(-1), truncation)
+    values = _RegionEntropy.apply(region.logits, region, mass_preserving)  # type: ignore[no-untyped-call]
+    return scaled(values, region.inside.sum(-1), logits.shape[-1], scale)
+
+
+def scaled(values: Tensor, region_sizes: Tensor, vocabulary: int, scale: Scale) -> Tensor:
+    """Entropies of regions ``(...)`` on the scale of the full entropy; those of a single token become 0."""
     if scale == "none":
         return values
-    size = inside.sum(-1)
-    return values * torch.where(size > 1, math.log(vocabulary) / size.clamp(min=2).float().log(), 0.0)
+    factor = math.log(vocabulary) / region_sizes.clamp(min=2).float().log()
+    return values * torch.where(region_sizes > 1, factor, 0.0)
 
 
 def region_size(logits: Tensor, top_p: float, cap: int | None = 256) -> Tensor:
     """Number of tokens in the nucleus at each position, Long ``(...)``."""
-    return _region(logits.detach().float(), None, top_p, cap)[1].sum(-1)
-
-
-def _region(logits: Tensor, top_k: int | None, top_p: float | None, cap: int | None) -> tuple[Tensor, Tensor]:
-    """Logits of the most probable tokens, and which of them lie inside."""
-    vocabulary = logits.shape[-1]
-    if top_k is not None:
-        best = logits.topk(top_k, dim=-1).values
-        return best, torch.ones_like(best, dtype=torch.bool)
-    best = logits.topk(min(cap or vocabulary, vocabulary), dim=-1).values
-    mass = (best - logits.logsumexp(-1, keepdim=True)).detach().exp()
-    before = mass.cumsum(-1) - mass
-    inside = before < (1.0 if top_p is None else top_p)
-    inside[..., 0] = True
-    return best, inside
+    logits = logits.detach().float()
+    return most_probable(logits, logits.logsumexp(-1), Truncation(top_p=top_p, cap=cap)).inside.sum(-1)
 
 
 class _RegionEntropy(Function):
-    """Entropy of the softmax over the marked logits; the gradient is formed by hand, so that it can be projected."""
+    """The gradient is formed by hand, so that it can be projected."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inside: Tensor, mass_preserving: bool) -> Tensor:
-        logs = torch.where(inside, logits, -math.inf).log_softmax(-1)
-        probabilities = logs.exp()
-        logs = torch.where(probabilities > 0, logs, 0.0)
-        values = -(probabilities * logs).sum(-1)
-        ctx.save_for_backward(probabilities, logs, values)
-        ctx.mass_preserving = mass_preserving
+    def forward(ctx: Any, logits: Tensor, region: Region, mass_preserving: bool) -> Tensor:
+        values, gradient = region_entropy(region, mass_preserving)
+        ctx.save_for_backward(gradient)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
-        probabilities, logs, values = ctx.saved_tensors
-        gradient = -probabilities * (logs + values[..., None])
-        if ctx.mass_preserving:
-            along = (gradient * probabilities).sum(-1, keepdim=True)
-            gradient = gradient - along / probabilities.square().sum(-1, keepdim=True) * probabilities
+        (gradient,) = ctx.saved_tensors
         return gradient * outer[..., None], None, None
 
 
