@@ -16,6 +16,7 @@ class InputError(ValueError):
     def __init__(
         self, message: str, path: Path | str | None = None, line: int | None = None, field: str | None = None
     ) -> None:
+        self.message, self.field = message, field  # for who knows more of the place
         place = "" if path is None else str(path)
         if line is not None:
             place += f":{line}"

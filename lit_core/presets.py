@@ -1,13 +1,15 @@
 """Tiny presets: real Hugging Face architectures at small sizes with a committed tokenizer, all offline.
 
-``tiny-qwen3``, ``tiny-llama`` and ``tiny-bert`` ship no weights; the caller initialises them from a fixed seed. All
-three read text with one byte-level vocabulary, so ordinary text has the same ids everywhere and any UTF-8 text survives
-a round trip (one leading space excepted, see below); only the special tokens, at the end of the vocabulary, differ:
+``tiny-qwen3``, ``nano-qwen3``, ``tiny-llama`` and ``tiny-bert`` ship no weights; the caller initialises them from a
+fixed seed. All read text with one byte-level vocabulary (``nano-qwen3`` with its first quarter), so ordinary text has
+the same ids everywhere and any UTF-8 text survives a round trip (one leading space excepted, see below); only the
+special tokens, at the end of the vocabulary, differ:
 
 ============ ====================== ============== ================= ====================
 preset       a text becomes         end (eos)      padding           others
 ============ ====================== ============== ================= ====================
 tiny-qwen3   ``text``               ``<|im_end|>`` ``<|endoftext|>`` ``<|im_start|>``
+nano-qwen3   ``text``               ``<|im_end|>`` ``<|endoftext|>`` ``<|im_start|>``
 tiny-llama   ``<s> text``           ``</s>``       ``<pad>``         ``<unk>``
 tiny-bert    ``[CLS] text [SEP]``   ``[SEP]``      ``[PAD]``         ``[MASK] [UNK]``
 ============ ====================== ============== ================= ====================
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 4096  # rows of the embedding matrix; a few at the end stay unused
+SMALL_VOCAB_SIZE = 1024
 SPECIAL_TOKENS = 8  # rows kept free for special tokens
 MAX_LENGTH = 256  # tokens that the tokenizers keep by default; longer texts cost minutes on two cores
 MAX_POSITIONS = 1024  # tokens that the models can read
@@ -57,6 +60,11 @@ class Preset:
     template: tuple[str, str] | None = None
     special_tokens: tuple[str, ...] = field(init=False)
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding matrix."""
+        return int(self.sizes.get("vocab_size", VOCAB_SIZE))
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "special_tokens", tuple(dict.fromkeys([*self.roles.values(), *self.extra])))
 
@@ -70,6 +78,15 @@ _DECODER = {
     "head_dim": 32,
     "max_position_embeddings": MAX_POSITIONS,
     "tie_word_embeddings": True,
+}
+_SMALL_DECODER = {
+    **_DECODER,
+    "vocab_size": SMALL_VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 16,
 }
 _ENCODER = {
     "hidden_size": 128,
@@ -85,6 +102,13 @@ PRESETS: dict[str, Preset] = {
             "tiny-qwen3",
             "Qwen3Config",
             _DECODER,
+            {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
+            extra=("<|im_start|>",),
+        ),
+        Preset(
+            "nano-qwen3",
+            "Qwen3Config",
+            _SMALL_DECODER,
             {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
             extra=("<|im_start|>",),
         ),
@@ -138,7 +162,8 @@ def preset_config(name: str, **overrides: Any) -> "PreTrainedConfig":
 
     preset = _preset(name)
     config_class: Callable[..., PreTrainedConfig] = getattr(transformers, preset.config_class)
-    ids = {token: ordinary_size() + row for row, token in enumerate(preset.special_tokens)}
+    first = ordinary_size(preset.vocab_size)
+    ids = {token: first + row for row, token in enumerate(preset.special_tokens)}
     special = {f"{role}_id": ids.get(preset.roles.get(role, "")) for role in ("pad_token", "bos_token", "eos_token")}
     values = {"vocab_size": VOCAB_SIZE, **preset.sizes, **special}
     known = config_class().to_dict().keys() | values.keys()
@@ -157,7 +182,9 @@ def preset_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     preset = _preset(name)
-    backend = Tokenizer.from_str(_ordinary_tokenizer().to_str())  # a copy: what is added below belongs to one preset
+    backend = Tokenizer.from_str(
+        _ordinary_tokenizer(preset.vocab_size).to_str()
+    )  # a copy: what is added below belongs to one preset
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in preset.special_tokens])
     if preset.template is not None:
         single, pair = preset.template
@@ -183,16 +210,21 @@ def merges() -> list[tuple[str, str]]:
 
 
 @cache
-def ordinary_size() -> int:
-    """Return the number of ordinary tokens; the special ones follow."""
-    return 256 + len(merges())
+def ordinary_size(vocab_size: int = VOCAB_SIZE) -> int:
+    """Return the number of ordinary tokens of a preset's vocabulary; the special ones follow."""
+    return 256 + len(_merges_of(vocab_size))
+
+
+def _merges_of(vocab_size: int) -> list[tuple[str, str]]:
+    """Return the merges that a vocabulary has room for; a smaller one has the first, most frequent ones."""
+    return merges()[: vocab_size - SPECIAL_TOKENS - 256]
 
 
 @cache
-def _ordinary_tokenizer() -> Any:
+def _ordinary_tokenizer(vocab_size: int) -> Any:
     from tokenizers import pre_tokenizers
 
-    pairs = merges()
+    pairs = _merges_of(vocab_size)
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in pairs)]
     return byte_level_tokenizer({token: row for row, token in enumerate(tokens)}, pairs)
 

@@ -129,6 +129,15 @@ def share_of_mean(count: int, device: torch.device | None = None) -> float:
     return len(counts) * count / sum(counts)
 
 
+def summed(tensor: Tensor) -> Tensor:
+    """Sum of a tensor over the ranks; no gradient flows."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
 def gather_objects(value: Any) -> list[Any]:
     """A picklable value of every rank."""
     if world_size() == 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_core.errors import InputError
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number: the increment of SplitMix64
+CHUNK_LOGITS = 1 << 21  # worked on at once on a CPU: 8 MiB, which the allocator gives again without clearing it
 _FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # its multipliers
 
 
@@ -95,41 +96,51 @@ def choose(logits: Tensor, keys: Tensor, params: SamplingParams) -> Choice:
         The tokens, with their log-probabilities over the whole vocabulary under the temperature (1 where it is 0):
         truncation is left out of them, as trainers compute them.
     """
+    rows = len(logits) if logits.is_cuda else max(1, CHUNK_LOGITS // logits.shape[1])
+    parts = [_choose(*part, params) for part in zip(logits.split(rows), keys.split(rows), strict=True)]
+    return parts[0] if len(parts) == 1 else Choice(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _choose(logits: Tensor, keys: Tensor, params: SamplingParams) -> Choice:
     logits = logits.float()
-    if params.temperature not in (0, 1):
-        logits = logits / params.temperature
+    rows, size = logits.shape
+    width = math.isqrt(size)
+    padded = logits.new_zeros(rows, -(-size // width) * width)  # whole blocks of tokens
     largest = logits.amax(-1, keepdim=True)
-    weights = (logits - largest).exp_()  # probabilities up to a factor: no log-softmax is needed
+    scale = params.temperature or 1.0
+    weights = torch.sub(logits, largest, out=padded[:, :size])
+    if scale != 1:
+        weights.div_(scale)
+    weights.exp_()  # probabilities up to a factor: no log-softmax is needed
     total = weights.sum(-1, keepdim=True)
-    tokens = logits.argmax(-1) if params.temperature == 0 else _draw(_truncated(weights, params), keys)
-    return Choice(tokens, (logits.gather(-1, tokens[:, None]) - largest - total.log()).squeeze(-1))
+    if params.temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        _truncate(weights, params)
+        tokens = _draw(padded.view(rows, -1, width), keys).clamp(max=size - 1)  # NaN must not lead outside
+    return Choice(tokens, ((logits.gather(-1, tokens[:, None]) - largest) / scale - total.log()).squeeze(-1))
 
 
-def _truncated(weights: Tensor, params: SamplingParams) -> Tensor:
-    """Weights with 0 for what ``top_k`` and ``top_p`` leave out."""
+def _truncate(weights: Tensor, params: SamplingParams) -> None:
+    """Set to 0 in place what ``top_k`` and ``top_p`` leave out."""
     vocabulary = weights.shape[-1]
     count = min(params.top_k or vocabulary, vocabulary)
     if count == vocabulary and params.top_p == 1:
-        return weights
+        return
     best = weights.topk(count, dim=-1) if count < vocabulary else weights.sort(dim=-1, descending=True, stable=True)
     probabilities = best.values / best.values.sum(-1, keepdim=True)
     before = probabilities.cumsum(-1) - probabilities
-    kept = torch.where(before < params.top_p, best.values, 0.0)
-    return torch.zeros_like(weights).scatter_(-1, best.indices, kept)
+    weights.zero_().scatter_(-1, best.indices, torch.where(before < params.top_p, best.values, 0.0))
 
 
-def _draw(weights: Tensor, keys: Tensor) -> Tensor:
-    """A token of each row with probability in proportion to its weight: first a block, then one of its tokens.
+def _draw(blocks: Tensor, keys: Tensor) -> Tensor:
+    """A token of each row of ``(B, blocks, width)`` in proportion to its weight: first a block, then one of its tokens.
 
     Both by an exponential race (the Gumbel-max rule without its logarithms), which rounding of the weights turns
     over far more rarely than an inverted cumulative sum; two stages keep the draws to twice the vocabulary's root.
     """
-    rows, size = weights.shape
-    width = max(1, math.isqrt(size))
-    blocks = torch.nn.functional.pad(weights, (0, -size % width)).view(rows, -1, width)
-    count = blocks.shape[1]
+    rows, count, width = blocks.shape
     times = -uniforms(keys, count + width).log()
     block = (blocks.sum(-1) / times[:, :count]).argmax(-1)
-    inside = blocks[torch.arange(rows, device=weights.device), block]
-    tokens = block * width + (inside / times[:, count:]).argmax(-1)
-    return tokens.clamp(max=size - 1)  # NaN weights must not lead outside
+    inside = blocks[torch.arange(rows, device=blocks.device), block]
+    return block * width + (inside / times[:, count:]).argmax(-1)

@@ -62,7 +62,7 @@ class SharedCache:
         layers = len(inner.layers)
 
         def buffers(slots: int, length: int) -> list[Tensor]:
-            shape = (slots, 2, self.kv_heads, length, self.head_dim)  # keys and values
+            shape = (2, slots, self.kv_heads, length, self.head_dim)  # keys and values
             return [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(layers)]  # hidden, not NaN
 
         self.prompt_cache, self.cache = buffers(prompts, prompt_length), buffers(rows, response_length)
@@ -177,12 +177,11 @@ class SharedCache:
         states = self.inner.embed_tokens(ids)
 
         for number, layer in enumerate(self.inner.layers):
-            queries, pair = self._projections(number, states, cos, sin)
-            pair = pair.permute(0, 2, 3, 1, 4)  # (P, 2, H, L, D)
-            self.prompt_cache[number][places, :, :, :width] = pair
-            keys, values = pair.unbind(1)
+            queries, keys, values = (heads.transpose(1, 2) for heads in self._projections(number, states, cos, sin))
+            for cache, new in zip(self.prompt_cache[number], (keys, values), strict=True):
+                cache[places, :, :width] = new  # (P, H, L, D)
             mixed = F.scaled_dot_product_attention(  # padding stands behind, so that causality hides it
-                queries.transpose(1, 2), keys, values, is_causal=True, scale=1.0, enable_gqa=self.group > 1
+                queries, keys, values, is_causal=True, scale=1.0, enable_gqa=self.group > 1
             )
             states = self._finish_layer(layer, states, mixed.transpose(1, 2).flatten(2))
         last = states[torch.arange(len(prompts), device=self.device), lengths - 1]
@@ -193,19 +192,21 @@ class SharedCache:
         rows = torch.arange(count, device=self.device)
         positions = self.offsets + self.held
         cos, sin = self.cos[positions, None], self.sin[positions, None]  # (B, 1, D)
-        ahead = torch.arange(length, device=self.device) > self.held[:, None]
-        mask = self._additive(ahead)[:, None, None]  # (B, 1, 1, L)
         same = self.lengths[0] if not self.bucketed and len(set(self.lengths)) == 1 else None
+        mask = None  # not needed where all rows hold as many tokens
+        if same is None:
+            ahead = torch.arange(length, device=self.device) > self.held[:, None]
+            mask = self._additive(ahead)[:, None, None]  # (B, 1, 1, L)
         states = self.inner.embed_tokens(tokens)
         for number, layer in enumerate(self.inner.layers):
-            queries, pair = self._projections(number, states, cos, sin)
-            cache = self.cache[number]
-            if same is None:
-                cache[rows, :, :, self.held] = pair
-            else:
-                cache[:count, :, :, same] = pair  # the same without an index
+            queries, *pair = self._projections(number, states, cos, sin)
+            for cache, new in zip(self.cache[number], pair, strict=True):
+                if same is None:
+                    cache[rows, :, self.held] = new
+                else:
+                    cache[:count, :, same] = new  # the same without an index
             queries = queries.view(count, self.kv_heads, self.group, self.head_dim)
-            own = _attend(queries, cache[:count, :, :, :length], mask)
+            own = _attend(queries, self.cache[number][:, :count, :, :length], mask)
             states = self._finish_layer(
                 layer, states, _merged(self._attend_to_prompts(number, queries), own).flatten(1)
             )
@@ -216,7 +217,7 @@ class SharedCache:
         prompts, length = len(self.prompt_lengths), self.longest_prompt
         shape = (prompts, self.width, self.kv_heads, self.group, self.head_dim)
         gathered = queries[self.grid].view(shape).transpose(1, 2).flatten(2, 3)  # (P, H, n G, D)
-        part = _attend(gathered, self.prompt_cache[number][:prompts, :, :, :length], self.prompt_mask)
+        part = _attend(gathered, self.prompt_cache[number][:, :prompts, :, :length], self.prompt_mask)
 
         def by_row(tensor: Tensor) -> Tensor:
             apart = tensor.view(prompts, self.kv_heads, self.width, self.group, -1).transpose(1, 2)
@@ -224,8 +225,8 @@ class SharedCache:
 
         return Part(by_row(part.outputs), by_row(part.normaliser))
 
-    def _projections(self, number: int, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated and scaled queries ``(..., heads, D)``; rotated keys and values ``(..., 2, H, D)``."""
+    def _projections(self, number: int, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated and scaled queries ``(..., heads, D)``; rotated keys and values ``(..., H, D)``."""
         layer = self.inner.layers[number]
         attention = layer.self_attn
         normed = layer.input_layernorm(states)
@@ -235,8 +236,7 @@ class SharedCache:
             joined = norms.weight * F.rms_norm(joined.float(), (self.head_dim,), eps=norms.epsilon).to(self.dtype)
         rotated = torch.addcmul(joined * cos, joined.roll(self.head_dim // 2, -1), sin)
         queries, keys = rotated.split([self.group * self.kv_heads, self.kv_heads], dim=-2)
-        values = attention.v_proj(normed).view(keys.shape)
-        return queries * self.scaling, torch.stack([keys, values], dim=-3)
+        return queries * self.scaling, keys, attention.v_proj(normed).view(keys.shape)
 
     def _finish_layer(self, layer: Any, states: Tensor, mixed: Tensor) -> Tensor:
         states = states + layer.self_attn.o_proj(mixed)
@@ -258,12 +258,16 @@ def _stacked_norms(attention: Any, query_heads: int, key_heads: int) -> _Norms |
     return _Norms(weight, queries.variance_epsilon)
 
 
-def _attend(queries: Tensor, pair: Tensor, mask: Tensor) -> Part:
-    """Attention of scaled queries ``(..., H, Q, D)`` to keys and values ``(..., 2, H, L, D)``."""
-    keys, values = pair.unbind(-4)
-    scores = (queries @ keys.transpose(-1, -2)).float() + mask
-    normaliser = scores.logsumexp(-1, keepdim=True)
-    return Part((scores - normaliser).exp_().to(values.dtype) @ values, normaliser)
+def _attend(queries: Tensor, cache: Tensor, mask: Tensor | None) -> Part:
+    """Attention of scaled queries ``(B, H, Q, D)`` to keys and values ``(2, B, H, L, D)``."""
+    keys, values = cache
+    scores = (queries @ keys.transpose(-1, -2)).float()
+    if mask is not None:
+        scores += mask
+    largest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return Part(weights.to(values.dtype) @ values / total, largest + total.log())
 
 
 def _merged(one: Part, two: Part) -> Tensor:
@@ -285,4 +289,4 @@ def _move(buffers: list[Tensor], places: Sequence[int], length: int) -> None:
         return
     new, old = (torch.tensor(numbers, device=buffers[0].device) for numbers in zip(*moved, strict=True))
     for buffer in buffers:
-        buffer[new, :, :, :length] = buffer[old, :, :, :length]
+        buffer[:, new, :, :length] = buffer[:, old, :, :length]

@@ -10,12 +10,13 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from lit_core.datasets import load_rows
 from lit_core.errors import InputError
 from lit_core.loader import ResumableLoader, plain_loader
 from lit_core.samplers import HomogeneousBatchSampler, LengthSortedBatchSampler, permutation
 from lit_embed.data.beir import pairs_from_qrels
 from lit_embed.data.dataset import MixedDataset, PairDataset, TextDataset
-from lit_embed.data.huggingface import StreamLoader, load_examples, load_rows, row_parser
+from lit_embed.data.huggingface import StreamLoader, load_examples, row_parser
 from lit_embed.data.negatives import add_bm25_negatives
 from lit_embed.data.pairs import read_pairs
 from lit_embed.data.records import Collection, Example, PairItem, TextItem

@@ -85,11 +85,11 @@ def test_models_run(name: str) -> None:
     batch = tokenizer(["one text", "a rather longer text"], padding=True, return_tensors="pt")
     rows, length = batch["input_ids"].shape
     states = AutoModel.from_config(config)(**batch).last_hidden_state
-    assert states.shape == (rows, length, 128)
+    assert states.shape == (rows, length, config.hidden_size)
     assert states.isfinite().all()
     if name != "tiny-bert":
         model = AutoModelForCausalLM.from_config(config)
-        assert model(**batch).logits.shape == (rows, length, VOCAB_SIZE)
+        assert model(**batch).logits.shape == (rows, length, config.vocab_size)
         assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
@@ -102,7 +102,7 @@ def test_each_call_gives_its_own_tokenizer() -> None:
 def test_unknown_names_are_errors() -> None:
     assert is_preset("tiny-bert")
     assert not is_preset("bert-base-uncased")
-    with pytest.raises(InputError, match="unknown preset 'tiny'; write one of tiny-qwen3, tiny-llama, tiny-bert"):
+    with pytest.raises(InputError, match="unknown preset 'tiny'; write one of tiny-qwen3, nano-qwen3, tiny-llama, tiny-bert"):
         preset_tokenizer("tiny")
     with pytest.raises(InputError, match="Qwen3Config has no field 'layers'"):
         preset_config("tiny-qwen3", layers=2)

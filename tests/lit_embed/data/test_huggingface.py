@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from lit_core.datasets import load_rows
 from lit_core.errors import InputError
-from lit_embed.data.huggingface import StreamLoader, load_examples, load_rows, row_parser
+from lit_embed.data.huggingface import StreamLoader, load_examples, row_parser
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from datasets and what it imports
 

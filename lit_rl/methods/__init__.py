@@ -1,0 +1,1 @@
+"""Methods, one LightningModule each."""

@@ -1,0 +1,377 @@
+"""The loop of all policy-gradient methods: draw, score, estimate advantages, update.
+
+``training_step`` gets problems. It draws responses from the live weights, so that no loader can make them stale, and
+takes its optimizer steps by itself; the trainer's ``global_step`` counts batches of responses learned from, whatever
+the number of mini-batches, so that ``max_steps``, checkpoints and curves mean what they say. Random draws are functions
+of the seed and of that count, so that a resumed run repeats them.
+"""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_core.backbones import BackboneConfig, Lora, Quantization, unwrap
+from lit_core.errors import InputError
+from lit_core.optim import Schedule, build_schedule, clip_gradients, parameter_groups
+from lit_core.samplers import mix_seed
+from lit_core.sharding import average_gradients, gather_objects, summed, world_size
+from lit_rl.functional.losses import adapted_coefficient, divergence, importance_weights
+from lit_rl.functional.masking import masked_mean
+from lit_rl.methods.policy_method import PolicyMethod
+from lit_rl.modules.config import EvaluationConfig, ExplorationConfig, LossConfig, RolloutConfig, UpdateConfig
+from lit_rl.modules.experience import Experience, Totals, deal_groups
+from lit_rl.modules.exploration import Exploration
+from lit_rl.modules.layout import Chunk, Sequences
+from lit_rl.modules.problems import ProblemBatch, PromptConfig
+from lit_rl.modules.rollouts import Rollout, collect, informative, joined
+from lit_rl.modules.surrogate import Surrogate
+
+CPU_TOKENS, GPU_TOKENS = 2048, 16384
+STATE_KEY = "lit_rl_state"
+HOPELESS = 20  # updates without a single group whose rewards differ, after which the user is told
+
+
+class PolicyGradient(PolicyMethod):
+    """Base of PPO, GRPO and what is built on them.
+
+    Args:
+        backbone: Preset, local folder or hub id of a causal language model.
+        rollout: How responses are drawn.
+        loss: The policy's loss.
+        update: Epochs, mini-batches, layout.
+        exploration: What keeps the policy exploring.
+        prompt: How prompts become tokens.
+        evaluation: How responses are drawn for validation and test.
+        reward_model: Folder or hub id of a reward model, for the task ``preference``.
+        reward_workers: Processes for rewards that take long; 0 computes them in this one, without a limit.
+        reward_seconds: Limit of such a reward for one response.
+        loading: Precision, attention, checkpointing.
+        lora: Adapters.
+        quantization: Load the backbone in 8 or 4 bits.
+        optimizer: Builds the optimizer from parameter groups.
+        schedule: Learning-rate schedule over the updates.
+        max_grad_norm: Gradients are scaled down to this norm; None never.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        rollout: RolloutConfig,
+        loss: LossConfig,
+        update: UpdateConfig,
+        exploration: ExplorationConfig,
+        prompt: PromptConfig,
+        evaluation: EvaluationConfig,
+        reward_model: str | None,
+        reward_workers: int,
+        reward_seconds: float,
+        loading: BackboneConfig,
+        lora: Lora,
+        quantization: Quantization | None,
+        optimizer: OptimizerCallable,
+        schedule: Schedule,
+        max_grad_norm: float | None,
+    ) -> None:
+        stops = tuple(rollout.stop_strings)
+        super().__init__(
+            backbone, rollout.max_tokens, rollout.temperature, stops, rollout.kv_tokens, prompt, evaluation,
+            reward_model, reward_workers, reward_seconds, loading, lora, quantization, optimizer, schedule,
+            max_grad_norm,
+        )  # fmt: skip
+        self.rollout, self.loss, self.update, self.exploration = rollout, loss, update, exploration
+        self.automatic_optimization = False
+        self.latest: Rollout | None = None  # for callbacks that show samples
+        self.waiting: list[Rollout] = []  # informative groups that do not fill a batch yet
+        self.draws = 0  # batches drawn so far, over all updates
+        self.draws_waiting = 0
+        self.skipped = 0  # updates left out because something was not finite
+        self.dull = 0  # updates in a row without any signal
+        self.kl_coef, self.entropy_coef = loss.kl_coef, exploration.coefficient
+        self.tokens_read = 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the starting weights are kept beside those in training."""
+        return self.loss.kl_coef > 0
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.term = Exploration(self.exploration, int(unwrap(self.policy.model).config.vocab_size))
+        self.surrogate = Surrogate(self.loss, self.term, self.rollout)
+
+    def advantages(self, rollout: Rollout, experience: Experience, penalties: Tensor | None) -> None:
+        """Fill in the advantages of a batch, and returns where there is a value function.
+
+        Args:
+            rollout: Responses, scores and groups.
+            experience: To be completed.
+            penalties: What the divergence takes off each token's reward ``(B, T)``; None where it is in the loss.
+        """
+        raise NotImplementedError
+
+    def training_step(self, batch: ProblemBatch, batch_idx: int) -> None:
+        started = time.perf_counter()
+        drawn = self._draw(batch)
+        if drawn is None:
+            return
+        rewarded = time.perf_counter()
+        totals = Totals(self.device)
+        experience = self._experience(drawn, totals)
+        self._learn(experience, totals)
+        self._log_rollout(drawn, rewarded - started)
+        update = time.perf_counter() - rewarded
+        self.log("time/update_s", update)
+        self.log("time/update_tokens_per_s", float(experience.mask.sum()) / update)
+        means = totals.means(summed)
+        self.log_dict(means)
+        if self.exploration.kind == "adaptive_entropy":
+            self.entropy_coef = self.term.adapted(self.entropy_coef, float(means["policy/full_entropy"]))
+            self.log("policy/entropy_coef", self.entropy_coef)
+        self.log("train/skipped_steps", float(self.skipped))
+        self._count_step()
+
+    def _draw(self, batch: ProblemBatch) -> Rollout | None:
+        """Responses to learn from, or None where more have to be drawn first (dynamic sampling)."""
+        config = self.rollout
+        seed = mix_seed(self.loading.seed, self.draws)
+        held = sum(len(part) for part in self.waiting) // config.samples
+        drawn = collect(self.policy, batch, config, seed, self.scorer, self.device, held)
+        self.draws += 1
+        self.draws_waiting += 1
+        self.tokens_read = int(drawn.mask.sum())
+        self.latest = drawn
+        rows = informative(drawn)
+        total = summed(torch.tensor([float(len(rows)), float(len(drawn))], device=self.device))
+        self.log("rollout/all_equal", 1 - total[0] / total[1])
+        self._warn_if_dull(bool(total[0] > 0))
+        if not config.dynamic:
+            return drawn
+        if rows:
+            self.waiting.append(_renumbered(drawn.take(rows), held))
+        full = len(batch) * config.samples
+        ready = all(gather_objects(sum(len(part) for part in self.waiting) >= full))
+        if not ready and self.draws_waiting < config.most_draws:
+            return None
+        some = all(gather_objects(bool(self.waiting)))
+        whole = joined(self.waiting) if some else drawn
+        self.log("rollout/draws", float(self.draws_waiting))
+        self.waiting, self.draws_waiting = [], 0
+        return whole.take(range(min(full, len(whole))))
+
+    def _experience(self, rollout: Rollout, totals: Totals) -> Experience:
+        """Everything that stays fixed during the update."""
+        mask, sequences = rollout.mask, rollout.sequences
+        old = rollout.log_probs
+        recompute = self.rollout.recompute_log_probs
+        if recompute is None:
+            recompute = self.policy_dtype != torch.float32 or self.trainer.precision != "32-true"
+        if recompute or self.loss.importance is not None:
+            old = self._log_probs_now(sequences, rollout.responses, mask)
+            totals.add("rollout/log_prob_gap", (old - rollout.log_probs).abs(), mask)
+        experience = Experience(sequences, rollout.responses, mask, old, torch.zeros_like(old))
+        if self.loss.importance is not None:
+            experience.weights = importance_weights(
+                old, rollout.log_probs, mask, self.loss.importance, self.loss.importance_how,
+                self.loss.importance_high, self.loss.importance_low,
+            )  # fmt: skip
+        totals.add("policy/entropy", -old, mask)  # an estimate: the mean of -log p over sampled tokens
+        penalties = None
+        if self.needs_reference:
+            experience.reference_log_probs = self._by_token(sequences, mask, self._reference, rollout.responses)
+            kl = divergence(old, experience.reference_log_probs, self.loss.kl)
+            mean = masked_mean(kl, mask, summed)
+            totals.add("policy/kl", kl, mask)
+            if self.loss.kl_in == "reward":
+                penalties = self.kl_coef * kl
+            self._adapt_kl(float(mean), len(rollout) * world_size())
+        self.advantages(rollout, experience, penalties)
+        return experience
+
+    def _learn(self, experience: Experience, totals: Totals) -> None:
+        """Epochs of mini-batches, an optimizer step each."""
+        for epoch in range(self.update.epochs):
+            parts = (self.loading.seed, self.global_step, epoch)
+            for number, rows in enumerate(deal_groups(experience.sequences, self.update.mini_batches, *parts)):
+                self._step(experience, rows, totals, mix_seed(*parts, number))
+
+    def _step(self, experience: Experience, rows: list[int], totals: Totals, seed: int) -> None:
+        """One optimizer step on a mini-batch, in micro-batches that give the gradient of the whole."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.zero_grad()
+        chunks = self._chunks(experience.sequences, rows)
+        selection = None
+        if self.term.selects and self.exploration.scope == "batch":
+            selection = self._select(experience, rows, seed)
+        scale = self.surrogate.denominators(experience, rows, chunks, selection, self.update_constant(rows))
+        whole = torch.zeros((), device=self.device)
+        for chunk in chunks:
+            loss = world_size() * self.chunk_loss(chunk, experience, scale, selection, totals, seed)
+            self.manual_backward(loss)  # gradients are averaged over the ranks, where each has its share of the loss
+            whole += loss.detach()
+        totals.add("policy/loss", whole)
+        average_gradients(self.parameters())
+        norms = [clip_gradients(parameters, self.max_grad_norm) for parameters in self.clipped_apart()]
+        totals.add("policy/grad_norm", norms[0])
+        if all(bool(norm.isfinite()) for norm in norms):
+            _step_uncounted(optimizer)
+        else:  # the same on every rank, as the norms are
+            self.skipped += 1
+            rank_zero_warn(f"update {self.global_step} was left out: its gradient is not finite")
+        optimizer.zero_grad()
+
+    def chunk_loss(
+        self,
+        chunk: Chunk,
+        experience: Experience,
+        scale: Any,
+        selection: Any,
+        totals: Totals,
+        seed: int,
+    ) -> Tensor:
+        """Loss of a micro-batch, its share of the mini-batch's."""
+        states = self.policy.states(chunk)
+        return self.surrogate.loss(
+            self.policy, states, chunk, experience, scale, selection, totals, seed, self.kl_coef, self.entropy_coef
+        )
+
+    def clipped_apart(self) -> list[list[torch.nn.Parameter]]:
+        """Parameters whose gradients are clipped together, the policy's first."""
+        return [[parameter for parameter in self.policy.parameters() if parameter.requires_grad]]
+
+    def update_constant(self, rows: list[int]) -> float:
+        """Divisor of ``const_norm``: by default what full responses of the whole mini-batch would have in tokens."""
+        return self.loss.constant or float(len(rows) * world_size() * self.rollout.max_tokens)
+
+    @property
+    def policy_dtype(self) -> torch.dtype:
+        """Type of the policy's weights."""
+        return next(self.policy.model.parameters()).dtype
+
+    def _chunks(self, sequences: Sequences, rows: list[int]) -> list[Chunk]:
+        budget = self.update.micro_tokens or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
+        return sequences.chunks(rows, budget, self.device, self.update.layout, self.device_mesh is not None)
+
+    @torch.no_grad()
+    def _by_token(self, sequences: Sequences, mask: Tensor, compute: Any, responses: Tensor) -> Tensor:
+        """``compute(chunk, targets)`` of all rows, put together ``(B, T)``."""
+        found = torch.zeros(mask.shape, device=mask.device)
+        for chunk in self._chunks(sequences, list(range(len(mask)))):
+            index = torch.tensor(chunk.rows, dtype=torch.long, device=mask.device)
+            part = torch.zeros(len(index), mask.shape[1], device=mask.device)
+            part[mask[index]] = compute(chunk, responses[index][mask[index]])
+            found[index] = part
+        return found
+
+    def _reference(self, chunk: Chunk, targets: Tensor) -> Tensor:
+        return self.policy.reference_log_probs(chunk, targets)
+
+    def _log_probs_now(self, sequences: Sequences, responses: Tensor, mask: Tensor) -> Tensor:
+        def compute(chunk: Chunk, targets: Tensor) -> Tensor:
+            return self.policy.log_probs(self.policy.states(chunk), targets).log_probs
+
+        return self._by_token(sequences, mask, compute, responses)
+
+    @torch.no_grad()
+    def _select(self, experience: Experience, rows: list[int], seed: int) -> Any:
+        """Tokens chosen over the whole mini-batch, under the weights before its step."""
+        mask = torch.zeros_like(experience.mask)
+        mask[torch.tensor(rows, device=mask.device)] = experience.mask[torch.tensor(rows, device=mask.device)]
+        log_probs, entropies = torch.zeros_like(experience.old_log_probs), torch.zeros_like(experience.old_log_probs)
+        for chunk in self._chunks(experience.sequences, rows):
+            index = torch.tensor(chunk.rows, dtype=torch.long, device=mask.device)
+            kept = experience.mask[index]
+            states = self.policy.states(chunk)
+            found = self.policy.log_probs(states, experience.responses[index][kept], self.term.needs_entropy)
+            for whole, values in ((log_probs, found.log_probs), (entropies, found.entropy)):
+                if values is not None:
+                    part = torch.zeros(kept.shape, device=kept.device)
+                    part[kept] = values
+                    whole[index] = part
+        return self.term.select(log_probs, entropies, experience.advantages, mask, seed)
+
+    def _adapt_kl(self, kl: float, samples: int) -> None:
+        if self.loss.kl_target is not None:
+            self.kl_coef = adapted_coefficient(self.kl_coef, kl, self.loss.kl_target, samples, self.loss.kl_horizon)
+            self.log("policy/kl_coef", self.kl_coef)
+
+    def _warn_if_dull(self, signal: bool) -> None:
+        self.dull = 0 if signal else self.dull + 1
+        if self.dull == HOPELESS:
+            rank_zero_warn(
+                f"in {HOPELESS} batches the rewards of every group were all equal: there is nothing to learn from. "
+                "A policy that never succeeds needs a warm start (python -m experiments.sft)."
+            )
+
+    def _log_rollout(self, drawn: Rollout, seconds: float) -> None:
+        lengths = drawn.mask.sum(1).float()
+        self.log("rollout/reward_mean", torch.tensor(drawn.rewards).mean(), prog_bar=True, sync_dist=True)
+        self.log("rollout/reward_std", torch.tensor(drawn.rewards).std(correction=0), sync_dist=True)
+        self.log("rollout/length_mean", lengths.mean(), sync_dist=True)
+        self.log("rollout/length_max", lengths.max(), reduce_fx="max", sync_dist=True)
+        self.log("rollout/truncated", drawn.truncated.float().mean(), sync_dist=True)
+        self.log("time/rollout_s", seconds)
+        self.log("time/rollout_tokens_per_s", float(lengths.sum()) / seconds)
+
+    def _count_step(self) -> None:
+        """Count one step for the trainer, and move the learning rate on."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer._on_before_step()
+        optimizer._on_after_step()
+        scheduler.step()  # type: ignore[union-attr]
+
+    def batch_tokens(self, batch: ProblemBatch) -> int:
+        """Tokens of the responses that were drawn for a batch."""
+        return self.tokens_read
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clipping happens before the step is decided on."""
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(self.optimizer_groups())
+        schedule = build_schedule(optimizer, self.schedule, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the one optimizer."""
+        return parameter_groups(self.policy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        names = ("draws", "skipped", "dull", "kl_coef", "entropy_coef")
+        checkpoint[STATE_KEY] = {name: getattr(self, name) for name in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        for name, value in checkpoint.get(STATE_KEY, {}).items():
+            setattr(self, name, value)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if str(self.trainer.precision) == "16-mixed":
+            raise InputError("16-mixed scales gradients, which are checked and clipped here; use bf16-mixed")
+
+
+def _renumbered(rollout: Rollout, first: int) -> Rollout:
+    """Number the groups from ``first`` on, without gaps."""
+    names = {group: first + number for number, group in enumerate(dict.fromkeys(rollout.sequences.groups))}
+    rollout.sequences.groups = [names[group] for group in rollout.sequences.groups]
+    return rollout
+
+
+def _step_uncounted(optimizer: LightningOptimizer) -> None:
+    """Take a step that the trainer's ``global_step`` does not count; see :meth:`PolicyGradient._count_step`."""
+    before, after = optimizer._on_before_step, optimizer._on_after_step
+    optimizer._on_before_step = optimizer._on_after_step = lambda: None
+    try:
+        optimizer.step()
+    finally:
+        optimizer._on_before_step, optimizer._on_after_step = before, after

@@ -1,0 +1,109 @@
+"""Problems and the batches that a policy is trained and evaluated on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lit_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt and what its reward depends on.
+
+    Args:
+        id: Identifies it in results, and in the seeds of its responses.
+        task: Name of the task in ``lit_rl.rewards.tasks``.
+        prompt: Text of the user's turn.
+        row: Fields that the reward reads.
+        solution: A response to imitate, where there is one.
+    """
+
+    id: int
+    task: str
+    prompt: str
+    row: Mapping[str, Any] = field(default_factory=dict)
+    solution: str | None = None
+
+
+@dataclass
+class ProblemBatch:
+    """Problems with the token ids of their prompts, and of their solutions where they are to be imitated."""
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+    solutions: list[list[int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def to(self, device: Any, non_blocking: bool = False) -> "ProblemBatch":
+        """Stay on the host; lightning calls this for its batch transfer."""
+        return self
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How a prompt's text becomes tokens.
+
+    Args:
+        chat_template: Apply the tokenizer's chat template; None does so where it has one.
+        system: Text of the system turn; empty has none.
+        max_tokens: Problems with longer prompts are left out.
+    """
+
+    chat_template: bool | None = None
+    system: str = ""
+    max_tokens: int = 1024
+
+
+class PromptCollator:
+    """Turns problems into a batch.
+
+    Args:
+        tokenizer: Of the policy.
+        config: How.
+
+    Raises:
+        InputError: A chat template is asked for and the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if config.chat_template and not has_template:
+            raise InputError("the tokenizer has no chat template", field="prompt.chat_template")
+        self.templated = has_template if config.chat_template is None else config.chat_template
+
+    def ids(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, ready for the response to follow."""
+        if not self.templated:
+            text = f"{self.config.system}\n{prompt}" if self.config.system else prompt
+            return self.tokenizer(text, add_special_tokens=True)["input_ids"]
+        turns = [{"role": "system", "content": self.config.system}] if self.config.system else []
+        turns.append({"role": "user", "content": prompt})
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has them
+
+    def solution_ids(self, problem: Problem) -> list[int]:
+        """Token ids of a problem's solution, the end token included.
+
+        Raises:
+            InputError: It has none.
+        """
+        if problem.solution is None:
+            raise InputError(f"problem {problem.id} has no solution to imitate", field="solution")
+        ids = self.tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def __call__(self, problems: Sequence[Problem]) -> ProblemBatch:
+        return ProblemBatch(list(problems), [self.ids(problem.prompt) for problem in problems])
+
+
+class DemonstrationCollator(PromptCollator):
+    """Turns problems into a batch with their solutions."""
+
+    def __call__(self, problems: Sequence[Problem]) -> ProblemBatch:
+        batch = super().__call__(problems)
+        batch.solutions = [self.solution_ids(problem) for problem in problems]
+        return batch

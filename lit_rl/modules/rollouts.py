@@ -1,0 +1,177 @@
+"""Responses drawn from a policy, with what is learned from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_core.generation import Completion, SamplingParams, TorchEngine
+from lit_core.generation.requests import StepHook
+from lit_core.samplers import mix_seed
+from lit_rl.functional.losses import overlong_penalty
+from lit_rl.modules.config import RolloutConfig
+from lit_rl.modules.layout import Sequences
+from lit_rl.modules.policy import Policy
+from lit_rl.modules.problems import Problem, ProblemBatch
+from lit_rl.modules.scoring import Scorer
+
+
+@dataclass
+class Rollout:
+    """Responses and their rewards, a row each; rows of a group have the same prompt.
+
+    Args:
+        problems: Problem of each row.
+        texts: Text of each response, without its end token.
+        sequences: Token ids of prompts and responses.
+        rewards: Reward of each response, as its task gives it.
+        responses: Long ``(B, T)``, padded on the right.
+        mask: Bool ``(B, T)``, True up to and including the end token.
+        log_probs: Of the engine, at the sampling temperature ``(B, T)``.
+        truncated: Bool ``(B,)``, True where a response reached the most tokens.
+        scores: Reward of each response ``(B,)``, float32, without what is lost by length.
+    """
+
+    problems: list[Problem]
+    texts: list[str]
+    sequences: Sequences
+    rewards: list[float]
+    responses: Tensor
+    mask: Tensor
+    log_probs: Tensor
+    truncated: Tensor
+    scores: Tensor
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @property
+    def group_ids(self) -> Tensor:
+        """Number of each row's group, Long ``(B,)``."""
+        return torch.tensor(list(self.sequences.groups), dtype=torch.long, device=self.mask.device)
+
+    def take(self, rows: Sequence[int]) -> "Rollout":
+        """Some of the rows."""
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.mask.device)
+        return Rollout(
+            [self.problems[row] for row in rows],
+            [self.texts[row] for row in rows],
+            self.sequences.take(rows),
+            [self.rewards[row] for row in rows],
+            self.responses[index],
+            self.mask[index],
+            self.log_probs[index],
+            self.truncated[index],
+            self.scores[index],
+        )
+
+
+def draw(
+    policy: Policy,
+    batch: ProblemBatch,
+    params: SamplingParams,
+    samples: int,
+    seed: int,
+    kv_tokens: int,
+    hook: StepHook | None = None,
+) -> list[Completion]:
+    """Draw responses; a problem's depend on the seed and its id alone.
+
+    Args:
+        policy: Draws them.
+        batch: Problems.
+        params: How.
+        samples: Responses a problem.
+        seed: Seed of this draw.
+        kv_tokens: Most tokens of the engine's cache.
+        hook: Step hook of the engine.
+    """
+    seeds = [mix_seed(seed, problem.id, number) for problem in batch.problems for number in range(samples)]
+    engine = TorchEngine(policy.model, policy.tokenizer, kv_tokens)
+    return engine.generate(batch.prompts, params, samples, seeds, hook=hook)
+
+
+def sampling_params(config: RolloutConfig, end_ids: tuple[int, ...]) -> SamplingParams:
+    """What the engine is told for training."""
+    return SamplingParams(
+        config.temperature, config.top_p, config.top_k, config.max_tokens, end_ids, tuple(config.stop_strings)
+    )
+
+
+def response_text(policy: Policy, tokens: Sequence[int]) -> str:
+    """Text of a response without its end token; other special tokens stay visible, as they are mistakes."""
+    tokens = list(tokens[:-1]) if tokens and tokens[-1] in policy.end_ids else list(tokens)
+    return policy.tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+def collect(
+    policy: Policy,
+    batch: ProblemBatch,
+    config: RolloutConfig,
+    seed: int,
+    scorer: Scorer,
+    device: torch.device,
+    first_group: int = 0,
+) -> Rollout:
+    """Draw responses for training and score them.
+
+    Args:
+        policy: Draws them.
+        batch: Problems, one group of responses each.
+        config: How.
+        seed: Seed of this draw.
+        scorer: Gives the rewards.
+        device: Where the tensors go.
+        first_group: Number of the first group.
+    """
+    completions = draw(policy, batch, sampling_params(config, policy.end_ids), config.samples, seed, config.kv_tokens)
+    problems = [problem for problem in batch.problems for _ in range(config.samples)]
+    prompts = [prompt for prompt in batch.prompts for _ in range(config.samples)]
+    groups = [first_group + number for number in range(len(batch)) for _ in range(config.samples)]
+    texts = [response_text(policy, completion.tokens) for completion in completions]
+    rewards = scorer.rewards(problems, texts)
+    scores = torch.tensor(rewards, dtype=torch.float32)
+    lengths = torch.tensor([len(completion.tokens) for completion in completions])
+    if config.overlong_buffer:
+        scores += overlong_penalty(lengths, config.max_tokens, config.overlong_buffer, config.overlong_factor)
+    width = int(lengths.max())
+    responses, log_probs = torch.zeros(len(completions), width, dtype=torch.long), torch.zeros(len(completions), width)
+    for row, completion in enumerate(completions):
+        responses[row, : len(completion.tokens)] = torch.tensor(completion.tokens)
+        log_probs[row, : len(completion.tokens)] = completion.log_probs
+    mask = torch.arange(width) < lengths[:, None]
+    truncated = torch.tensor([completion.finish_reason == "length" for completion in completions])
+    sequences = Sequences(prompts, [completion.tokens for completion in completions], groups)
+    tensors = (tensor.to(device) for tensor in (responses, mask, log_probs, truncated, scores))
+    return Rollout(problems, texts, sequences, rewards, *tensors)
+
+
+def informative(rollout: Rollout) -> list[int]:
+    """Rows of the groups whose rewards differ."""
+    spread: dict[int, set[float]] = {}
+    for group, value in zip(rollout.sequences.groups, rollout.rewards, strict=True):
+        spread.setdefault(group, set()).add(value)
+    return [row for row, group in enumerate(rollout.sequences.groups) if len(spread[group]) > 1]
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts one after the other, padded to the same length."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.mask.shape[1] for part in parts)
+
+    def padded(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+
+    return Rollout(
+        [problem for part in parts for problem in part.problems],
+        [text for part in parts for text in part.texts],
+        Sequences.concatenate([part.sequences for part in parts]),
+        [value for part in parts for value in part.rewards],
+        padded([part.responses for part in parts]),
+        padded([part.mask for part in parts]),
+        padded([part.log_probs for part in parts]),
+        torch.cat([part.truncated for part in parts]),
+        torch.cat([part.scores for part in parts]),
+    )
