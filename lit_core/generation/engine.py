@@ -14,7 +14,7 @@ from lit_core.generation.generic_cache import GenericCache
 from lit_core.generation.requests import Completion, FinishReason, Request, StepHook
 from lit_core.generation.sampling import SamplingParams, choose, keys
 from lit_core.generation.shared_cache import SharedCache, is_supported
-from lit_core.generation.stopping import StopStrings
+from lit_core.generation.stopping import StopStrings, stop_strings
 from lit_core.samplers import mix_seed
 from lit_core.sharding import gathered_weights
 
@@ -55,6 +55,8 @@ class TorchEngine:
     ) -> None:
         if kv_tokens < 1:
             raise InputError(f"must be at least 1, got {kv_tokens}", field="kv_tokens")
+        if unwrap(model).get_output_embeddings() is None:
+            raise InputError(f"{type(unwrap(model)).__name__} has no language-model head to draw tokens from")
         self.model, self.tokenizer, self.kv_tokens = model, tokenizer, kv_tokens
         self.shared = not generic and is_supported(model)
 
@@ -84,6 +86,8 @@ class TorchEngine:
         Raises:
             InputError: An empty prompt, numbers that do not fit together, or a request that is larger than the cache.
         """
+        if samples < 1:
+            raise InputError(f"must be at least 1, got {samples}", field="samples")
         count = len(prompts) * samples
         if isinstance(seeds, int):
             seeds = [mix_seed(seeds, number) for number in range(count)]
@@ -99,37 +103,39 @@ class TorchEngine:
         self, requests: Sequence[Request], params: SamplingParams, hook: StepHook | None = None
     ) -> list[Completion]:
         """Draw one response for each request; those with equal prompts and prefixes share what they have in common."""
-        if not requests:
-            return []
         stops = None
-        vocabulary = int(unwrap(self.model).config.vocab_size)
         if params.stop_strings:
             if self.tokenizer is None:
                 raise InputError("stop strings need a tokenizer")
-            stops = StopStrings(params.stop_strings, self.tokenizer, vocabulary)
+            vocabulary = unwrap(self.model).config.get_text_config().vocab_size
+            stops = stop_strings(params.stop_strings, self.tokenizer, vocabulary)
+        groups = _groups(requests, params)
         with (
             _evaluating(self.model),
-            gathered_weights(self.model),
+            gathered_weights(self.model),  # on all ranks, also on one that has no requests
             torch.autocast(_device(self.model).type, enabled=False),
         ):
-            groups = _groups(requests, params)
-            cache = self._cache(requests, groups, params)
+            if not requests:
+                return []
+            cache = self._cache(requests, groups)
             return _Run(cache, requests, params, stops, hook, _device(self.model)).completions(groups)
 
-    def _cache(self, requests: Sequence[Request], groups: "list[_Group]", params: SamplingParams) -> Cache:
+    def _cache(self, requests: Sequence[Request], groups: "list[_Group]") -> Cache:
         """A cache with as many slots as the budget allows, at most as many as there are requests."""
         read = max(len(group.tokens) for group in groups)
         drawn = max(group.remaining for group in groups)
         rows = max(len(group.members) for group in groups)
         if self.kv_tokens < read + drawn:
             raise InputError(
-                f"the cache holds {self.kv_tokens} tokens, a request needs {read + drawn}", field="kv_tokens"
+                f"the cache holds {self.kv_tokens} tokens; the longest prompt and prefix ({read}) and the longest "
+                f"response behind one ({drawn}) need {read + drawn}",
+                field="kv_tokens",
             )
         fitting = self.kv_tokens // (2 * read + rows * drawn)  # a slow last sample keeps its prompt: spare slots
         prompts = min(len(groups), 2 * fitting)
         most_rows = min(len(requests), fitting * rows)
         if fitting == 0:  # not even all samples of one prompt: as many as fit
-            prompts, most_rows = 1, (self.kv_tokens - read) // drawn
+            prompts, most_rows = 1, min(rows, (self.kv_tokens - read) // drawn)
         if self.shared:
             return SharedCache(self.model, prompts, most_rows, read, drawn)
         pad = getattr(self.tokenizer, "pad_token_id", None)
@@ -182,7 +188,7 @@ class _Run:
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(shape, device=device)
         self.scalars: dict[str, Tensor] = {}
-        self.ends = torch.tensor(params.stop_ids, dtype=torch.long, device=device)
+        self.ends: Tensor | None = None  # whether a token of the vocabulary is one that ends a response
         self.finished: dict[int, tuple[int, FinishReason]] = {}  # request: tokens of its response, and why it ended
         self.rows: list[int] = []  # request of each row
         self.drawn: list[int] = []  # tokens of each row's response, prefix included
@@ -195,17 +201,18 @@ class _Run:
         waiting = list(reversed(groups))  # taken from the end
         steps = 0
         while waiting or self.rows:
-            if waiting and (not self.rows or self.cache.joins_running):
-                self._admit(waiting)
+            entering = self._entering(waiting) if self.cache.joins_running or not self.rows else []
+            if entering:
+                self._admit(entering)
             else:
                 self._draw(self.cache.step(self.tokens[self.request, self.step - 1]), 0)
             steps += 1
             if steps % self.look_every == 0 or max(self.drawn) >= self.params.max_tokens:
-                self._drop_finished(eager=bool(waiting))
+                self._drop_finished(len(waiting[-1].members) if waiting and self.cache.joins_running else None)
         return self._collected()
 
-    def _admit(self, waiting: list[_Group]) -> None:
-        """Let as many groups begin as there is room for; where the cache is empty, a part of one if need be."""
+    def _entering(self, waiting: list[_Group]) -> list[_Group]:
+        """Take as many groups as there is room for; where the cache is empty, a part of one if need be."""
         entering: list[_Group] = []
         rows = 0
         while waiting and self.cache.has_room(rows + len(waiting[-1].members), len(entering) + 1):
@@ -213,20 +220,25 @@ class _Run:
             rows += len(entering[-1].members)
         if not entering and not self.rows:
             fitting = max(n for n in range(1, len(waiting[-1].members)) if self.cache.has_room(n, 1))
-            entering, rows = [waiting[-1].split(fitting)], fitting
-        if not entering:
-            return self._draw(self.cache.step(self.tokens[self.request, self.step - 1]), 0)
+            entering = [waiting[-1].split(fitting)]
+        return entering
+
+    def _admit(self, groups: list[_Group]) -> None:
+        """Read the prompts of groups, and draw the first token of each of their rows."""
         first = len(self.rows)
-        logits = self.cache.admit([group.tokens for group in entering], [len(group.members) for group in entering])
-        for group in entering:
+        logits = self.cache.admit([group.tokens for group in groups], [len(group.members) for group in groups])
+        for group in groups:
             self.rows += group.members
             self.drawn += [group.drawn] * len(group.members)
         new = self.rows[first:]
-        self.request = torch.cat([self.request, torch.tensor(new, device=self.device)])
-        self.step = torch.cat([self.step, torch.tensor(self.drawn[first:], device=self.device)])
-        seeds = torch.tensor([self.requests[number].seed for number in new], device=self.device)
-        self.seeds = torch.cat([self.seeds, seeds])
-        self.stopped = torch.cat([self.stopped, torch.full((rows,), -1, device=self.device)])
+
+        def lengthened(tensor: Tensor, values: list[int]) -> Tensor:
+            return torch.cat([tensor, torch.tensor(values, device=self.device)])
+
+        self.request = lengthened(self.request, new)
+        self.step = lengthened(self.step, self.drawn[first:])
+        self.seeds = lengthened(self.seeds, [self.requests[number].seed for number in new])
+        self.stopped = lengthened(self.stopped, [-1] * len(new))
         self._draw(logits, first)
 
     def _draw(self, logits: Tensor, first: int) -> None:
@@ -238,25 +250,30 @@ class _Run:
             for name, values in self.hook(logits, choice.tokens).items():
                 kept = self.scalars.setdefault(name, torch.zeros_like(self.log_probs))
                 kept[request, step] = values.float()
-        ended = torch.isin(choice.tokens, self.ends)
+        if self.ends is None:
+            self.ends = torch.zeros(logits.shape[1], dtype=torch.bool, device=self.device)
+            self.ends[[token for token in self.params.stop_ids if 0 <= token < len(self.ends)]] = True
+        ended = self.ends[choice.tokens]
         if self.stops is not None:
             for row in self.stops.candidates(choice.tokens):
                 number = self.rows[first + row]
-                response = self.tokens[number, : self.drawn[first + row] + 1].tolist()
-                ended[row] |= self.stops.found(
-                    [*self.requests[number].prefix, *response[len(self.requests[number].prefix) :]]
-                )
+                prompt, prefix = self.requests[number].prompt, self.requests[number].prefix
+                drawn = self.tokens[number, len(prefix) : self.drawn[first + row] + 1].tolist()
+                ended[row] |= self.stops.completed([*prompt, *prefix, *drawn], len(prompt))
         stopped.copy_(torch.where(ended & (stopped < 0), step, stopped))
         step += 1
         self.drawn[first:] = [drawn + 1 for drawn in self.drawn[first:]]
 
-    def _drop_finished(self, eager: bool) -> None:
-        """Let finished rows leave; a few stay until more are, unless others wait (``eager``)."""
+    def _drop_finished(self, waiting: int | None) -> None:
+        """Let finished rows leave; a few stay until more are, or until so many waiting ones fit instead of them."""
         stopped = self.stopped.tolist()
         most = self.params.max_tokens
         done = [row for row, drawn in enumerate(self.drawn) if stopped[row] >= 0 or drawn >= most]
+        if not done:
+            return
         full = any(self.drawn[row] >= most for row in done)
-        if not done or not (eager or full or len(done) >= DROP_SHARE * len(self.rows)):
+        replaced = waiting is not None and self.cache.has_room(waiting - len(done), 0)
+        if not (full or replaced or len(done) >= DROP_SHARE * len(self.rows)):
             return
         for row in done:
             ended = stopped[row] >= 0
@@ -278,6 +295,8 @@ class _Run:
             part = slice(len(request.prefix), length)
             kept = {name: values[number, part] for name, values in scalars.items()}
             found.append(Completion(tokens[number, part].tolist(), log_probs[number, part], reason, kept))
+        if not torch.cat([completion.log_probs for completion in found]).isfinite().all():
+            raise InputError("the model's logits are not finite (NaN or infinity): its weights have diverged")
         return found
 
 

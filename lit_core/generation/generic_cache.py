@@ -25,7 +25,9 @@ class GenericCache:
         self.model, self.most_rows, self.pad_id = unwrap(model), rows, pad_id
         self.device = self.model.get_input_embeddings().weight.device
         self.cache_name = cache_name(self.model)
-        self.takes_positions = "position_ids" in signature(self.model.forward).parameters
+        taken = signature(self.model.forward).parameters
+        self.takes_positions = "position_ids" in taken
+        self.last_only: dict[str, int] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
         self.count = 0
         self.cache: Any = None
 
@@ -63,9 +65,8 @@ class GenericCache:
         return list(rows)
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        extra = {"position_ids": positions} if self.takes_positions else {}
-        found = self.model(
-            input_ids=ids, attention_mask=self.mask, use_cache=True, **{self.cache_name: self.cache}, **extra
-        )
+        extra: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
+        extra |= {self.cache_name: self.cache, **self.last_only}
+        found = self.model(input_ids=ids, attention_mask=self.mask, use_cache=True, **extra)
         self.cache = found[self.cache_name]
         return found.logits[:, -1]

@@ -105,7 +105,8 @@ def _choose(logits: Tensor, keys: Tensor, params: SamplingParams) -> Choice:
     logits = logits.float()
     rows, size = logits.shape
     width = math.isqrt(size)
-    padded = logits.new_zeros(rows, -(-size // width) * width)  # whole blocks of tokens
+    padded = logits.new_empty(rows, -(-size // width) * width)  # whole blocks of tokens
+    padded[:, size:] = 0
     largest = logits.amax(-1, keepdim=True)
     scale = params.temperature or 1.0
     weights = torch.sub(logits, largest, out=padded[:, :size])

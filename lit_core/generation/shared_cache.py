@@ -21,7 +21,7 @@ LENGTH_STEP = 64  # on a GPU the cache is read up to a multiple of this, so that
 
 
 class Part(NamedTuple):
-    """Attention to some of the keys: outputs ``(..., D)`` and the logarithm of the softmax's sum ``(..., 1)``."""
+    """Attention to some of the keys: outputs ``(..., D)`` and the log of the softmax's sum ``(..., 1)``, float32."""
 
     outputs: Tensor
     normaliser: Tensor
@@ -207,9 +207,8 @@ class SharedCache:
                     cache[:count, :, same] = new  # the same without an index
             queries = queries.view(count, self.kv_heads, self.group, self.head_dim)
             own = _attend(queries, self.cache[number][:, :count, :, :length], mask)
-            states = self._finish_layer(
-                layer, states, _merged(self._attend_to_prompts(number, queries), own).flatten(1)
-            )
+            mixed = _merged(self._attend_to_prompts(number, queries), own)
+            states = self._finish_layer(layer, states, mixed.flatten(1).to(states.dtype))
         return self.head(self.inner.norm(states))
 
     def _attend_to_prompts(self, number: int, queries: Tensor) -> Part:
@@ -272,8 +271,7 @@ def _attend(queries: Tensor, cache: Tensor, mask: Tensor | None) -> Part:
 
 def _merged(one: Part, two: Part) -> Tensor:
     """Attention over the keys of both parts ``(B, H, G, D)``."""
-    share = (two.normaliser - one.normaliser).sigmoid().to(one.outputs.dtype)
-    return torch.lerp(one.outputs, two.outputs, share)
+    return torch.lerp(one.outputs, two.outputs, (two.normaliser - one.normaliser).sigmoid())
 
 
 def _filled_gaps(kept: Sequence[int]) -> list[int]:

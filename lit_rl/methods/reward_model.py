@@ -16,6 +16,7 @@ from lit_core.optim import Schedule
 from lit_core.sharding import gather_objects, shard
 from lit_core.tokens import Tokens
 from lit_rl.functional.preference import bradley_terry_loss, pairwise_accuracy
+from lit_rl.modules.dialogues import DialogueTokenizer
 from lit_rl.modules.reward_model import RewardModel, build_reward_model
 
 
@@ -49,8 +50,8 @@ class PreferenceBatch:
 class PreferenceCollator:
     """Pairs to tokens."""
 
-    def __init__(self, model: RewardModel) -> None:
-        self.tokenize = model.tokenize
+    def __init__(self, tokenize: DialogueTokenizer) -> None:
+        self.tokenize = tokenize
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> PreferenceBatch:
         tokens = self.tokenize([pair[side] for side in ("chosen", "rejected") for pair in pairs])
@@ -109,7 +110,7 @@ class RewardModelling(Method):
 
     def preference_collator(self) -> Callable[[list[Any]], PreferenceBatch]:
         """Turns pairs into a batch; called by the data module."""
-        return PreferenceCollator(self.model)
+        return PreferenceCollator(self.model.tokenize)
 
     def batch_tokens(self, batch: PreferenceBatch) -> int:
         """Tokens of a training batch, padding not counted."""

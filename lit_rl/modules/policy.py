@@ -17,6 +17,7 @@ from lit_core.backbones import (
     unwrap,
 )
 from lit_core.errors import InputError
+from lit_core.generation.shared_cache import is_supported
 from lit_core.lm_head import TokenLogProbs, Truncation, token_log_probs
 from lit_core.sharding import full_tensor, shard, tie_head
 from lit_rl.modules.layout import Chunk
@@ -36,7 +37,7 @@ class Policy(nn.Module):
         reference: Keep a frozen copy of the starting weights; with adapters the weights without them serve.
 
     Raises:
-        InputError: The backbone is no causal language model.
+        InputError: The backbone is no causal language model, or its logits are not a plain product of states and head.
     """
 
     def __init__(
@@ -53,8 +54,7 @@ class Policy(nn.Module):
         self.tokenizer = load_tokenizer(backbone, loading.trust_remote_code)
         self.model = load_backbone(backbone, "causal_lm", loading, lora, quantization)
         drop_nothing(self.model)
-        if unwrap(self.model).get_output_embeddings() is None:
-            raise InputError(f"a policy needs a language-model head, '{backbone}' has none")
+        _check_head(unwrap(self.model), backbone)
         self.adapted = lora.r > 0
         if reference and not self.adapted:
             self.frozen = load_backbone(backbone, "causal_lm", loading, None, quantization).requires_grad_(False)
@@ -67,6 +67,11 @@ class Policy(nn.Module):
         found = getattr(settings, "eos_token_id", None)
         listed = found if isinstance(found, list) else [found]
         return tuple(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, *listed) if i is not None))
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether rows can stand behind a shared prompt: full attention that takes a mask as it is given."""
+        return is_supported(self.model) and unwrap(self.model).config._attn_implementation in ("sdpa", "eager")
 
     def shard(self, mesh: Any) -> None:
         """Shard the weights over the data-parallel ranks (FSDP2)."""
@@ -116,9 +121,23 @@ def states_before(model: nn.Module, chunk: Chunk) -> Tensor:
 
 
 def drop_nothing(model: nn.Module) -> None:
-    """Set every dropout probability to 0."""
+    """Set every dropout probability to 0, those that a module keeps as a plain number included."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            vars(module)["attention_dropout"] = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+
+
+def _check_head(model: Any, backbone: str) -> None:
+    """Refuse what :meth:`Policy.log_probs` would read wrongly."""
+    head = model.get_output_embeddings()
+    if not any(child is head for child in model.children()):  # BERT's stands behind layers of its own
+        raise InputError(f"a policy needs a causal language model with a plain head, '{backbone}' has none")
+    if not isinstance(head, nn.Linear):
+        raise InputError("adapters on the language-model head are not read", field="lora.targets")
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(model.config, name, None)
+        if value not in (None, 1):
+            raise InputError(f"the logits of '{backbone}' are not a plain product: {name} is {value}")

@@ -1,7 +1,8 @@
 """A reward model: the sequence classifier of transformers with one label, whose logit is the reward of a text."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,30 +17,13 @@ from lit_core.errors import InputError
 from lit_core.export import new_folder, save_model
 from lit_core.files import read_json, write_json
 from lit_core.packed import packed_linears
+from lit_core.presets import is_preset
 from lit_core.progress import track
 from lit_core.tokens import Tokens, plan_chunks, plan_equal_chunks
+from lit_rl.modules.dialogues import Dialogue, DialogueTokenizer
 
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 32768
-ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}  # as Anthropic's HH writes dialogues
 CLASSIFIER = "ForSequenceClassification"  # how transformers' classes are called
-
-Dialogue = str | Sequence[Mapping[str, str]]
-
-
-def dialogue_text(dialogue: Dialogue, tokenizer: Any) -> str:
-    r"""A dialogue as one text.
-
-    Args:
-        dialogue: A text, which stays as it is, or messages with ``role`` and ``content``.
-        tokenizer: Its chat template is used; without one messages become ``\n\nHuman: ...\n\nAssistant: ...``.
-    """
-    if isinstance(dialogue, str):
-        return dialogue
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([dict(message) for message in dialogue], tokenize=False)
-        return text.removeprefix(tokenizer.bos_token or "")  # tokenising adds it
-    turns = ((ROLES.get(message["role"], message["role"]), message["content"]) for message in dialogue)
-    return "".join(f"\n\n{role}: {content}" for role, content in turns)
 
 
 class ScoreLayer(nn.Linear):
@@ -56,7 +40,7 @@ class RewardModel(nn.Module):
     """Rewards of texts.
 
     Causal backbones read the reward off the last token; bidirectional ones off what their classifier pools, mostly the
-    first token. A text that is too long loses its beginning, never its end: there stands the reply.
+    first token. An over-long dialogue keeps its end, where the reply stands.
 
     Args:
         model: A sequence classifier of transformers with one label (see :func:`build_reward_model`).
@@ -66,8 +50,8 @@ class RewardModel(nn.Module):
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
-        tokenizer.truncation_side, tokenizer.model_max_length = "left", max_length
+        self.model, self.tokenizer = model, tokenizer
+        self.tokenize = DialogueTokenizer(tokenizer, max_length)
         self.equal_chunks = False  # sharded models: every rank must run the same number of forward passes
 
     @classmethod
@@ -82,12 +66,6 @@ class RewardModel(nn.Module):
             InputError: There is no such model, or it has no head that gives a reward.
         """
         return build_reward_model(str(folder), loading=loading, trained=True).eval()
-
-    def tokenize(self, texts: Sequence[Dialogue]) -> Tokens:
-        """Token ids; an over-long text keeps its end. A text without any token is read as one padding token."""
-        rendered = [dialogue_text(text, self.tokenizer) for text in texts]
-        ids = self.tokenizer(rendered, truncation=True, max_length=self.max_length, return_attention_mask=False)
-        return Tokens.from_lists([row or [self.tokenizer.pad_token_id] for row in ids["input_ids"]])
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Rewards ``(N,)``, float32, in the order of the texts; the model runs over length-sorted chunks."""
@@ -116,7 +94,7 @@ class RewardModel(nn.Module):
         Returns:
             Float32 ``(N,)`` on the CPU.
         """
-        rendered = [dialogue_text(text, self.tokenizer) for text in texts]
+        rendered = [self.tokenize.text(text) for text in texts]
         distinct = sorted(set(rendered), key=len, reverse=True)  # neighbours of like length make tight chunks
         if not distinct:
             return torch.empty(0)
@@ -188,12 +166,14 @@ def build_reward_model(
     base = _classifier_adapter_base(backbone)
     if base is not None and lora is not None and lora.r > 0:
         raise InputError(f"backbone '{backbone}' is the adapter of a reward model; export it as merged to train it on")
-    inner = load_backbone(base or backbone, "encoder", loading, lora, quantization)
-    model, has_head = _classifier(inner, base or backbone, loading, tokenizer.pad_token_id)
+    has_head = _has_head(base or backbone, loading)
+    if trained and base is None and not has_head:
+        raise InputError(f"'{backbone}' is no reward model: it has no head with one label")
+    with _no_load_report() if has_head else nullcontext():  # of the head, which is read afterwards
+        inner = load_backbone(base or backbone, "encoder", loading, lora, quantization)
+    model = _classifier(inner, base or backbone, has_head, loading, tokenizer.pad_token_id)
     if base is not None:
         model = _merged(model, backbone)
-    elif trained and not has_head:
-        raise InputError(f"'{backbone}' is no reward model: it has no head with one label")
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
     if max_length is not None and not 1 <= max_length <= positions:
         raise InputError(
@@ -202,17 +182,43 @@ def build_reward_model(
     return RewardModel(model, tokenizer, max_length or min(tokenizer.model_max_length, positions))
 
 
-def _classifier(inner: Any, backbone: str, loading: BackboneConfig, pad_id: int) -> tuple[Any, bool]:
-    """Put a loaded encoder into its architecture's sequence classifier; and whether the backbone brought a head."""
+def _has_head(backbone: str, loading: BackboneConfig) -> bool:
+    """Whether a backbone is a sequence classifier with one label."""
+    if is_preset(backbone):
+        return False
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(backbone, trust_remote_code=loading.trust_remote_code)
+    except (OSError, ValueError):
+        return False  # load_backbone says what is wrong, if anything is
+    return config.num_labels == 1 and any(name.endswith(CLASSIFIER) for name in config.architectures or [])
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _classifier(inner: Any, backbone: str, has_head: bool, loading: BackboneConfig, pad_id: int) -> Any:
+    """Put a loaded encoder into its architecture's sequence classifier, with the backbone's head or a new one."""
     from transformers import AutoModelForSequenceClassification
 
     encoder = unwrap(inner)
     config = encoder.config
-    has_head = config.num_labels == 1 and any(name.endswith(CLASSIFIER) for name in config.architectures or [])
     config.num_labels, config.pad_token_id, config.use_cache = 1, pad_id, False
     try:
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, attn_implementation=loading.attention)
+            model = AutoModelForSequenceClassification.from_config(
+                config, attn_implementation=loading.attention, trust_remote_code=loading.trust_remote_code
+            )
     except ValueError as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"backbone '{backbone}' has no sequence classifier: {reason}") from None
@@ -239,7 +245,7 @@ def _classifier(inner: Any, backbone: str, loading: BackboneConfig, pad_id: int)
     if (method := _quantised(inner)) is not None:
         model.quantization_method = method  # so that nobody merges into it
     _in_float32(model, head)
-    return model, has_head
+    return model
 
 
 def _in_float32(model: nn.Module, head: Mapping[str, nn.Module]) -> None:

@@ -50,8 +50,6 @@ def test_replies_tell_little_without_their_request() -> None:
     told = [task for task in TASKS if task.breach != "refusal"]
     longer = [(len(t.chosen) > len(t.rejected)) + 0.5 * (len(t.chosen) == len(t.rejected)) for t in told]
     assert sum(longer) / len(longer) == pytest.approx(0.5, abs=0.03)
-    better, worse = (Counter(w for t in told for w in re.findall(r"\w+", r)) for r in ([t.chosen for t in told], []))
-    assert not worse  # the counter below needs the texts of each side
     better, worse = (
         Counter(word for task in told for word in re.findall(r"[a-z]+", getattr(task, side).lower()))
         for side in ("chosen", "rejected")

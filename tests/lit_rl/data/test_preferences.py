@@ -125,7 +125,7 @@ def test_mistakes(tmp_path: Path) -> None:
     few = write(tmp_path / "few.jsonl", [conversation(0)])
     with pytest.raises(InputError, match=r"few\.jsonl: no pair to (train|validate|test) on"):
         PreferenceDataModule(str(few)).setup("fit")
-    with pytest.raises(InputError, match="no-such/dataset: must be 'built_in', a .jsonl file or a folder"):
+    with pytest.raises(InputError, match=r"no-such/dataset: must be 'built_in', a \.jsonl file or a folder"):
         PreferenceDataModule("no-such/dataset").setup("fit")
     with pytest.raises(InputError, match=r"none\.jsonl: file not found"):
         PreferenceDataModule("none.jsonl").setup("fit")

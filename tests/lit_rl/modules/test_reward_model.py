@@ -7,7 +7,8 @@ import torch
 from lit_core.backbones import BackboneConfig, Lora
 from lit_core.errors import InputError
 from lit_rl.modules import reward_model as module
-from lit_rl.modules.reward_model import RewardModel, ScoreLayer, build_reward_model, dialogue_text
+from lit_rl.modules.dialogues import dialogue_text
+from lit_rl.modules.reward_model import RewardModel, ScoreLayer, build_reward_model
 
 TEXTS = ["\n\nHuman: hi\n\nAssistant: hello there", "a", "one two three " * 9, "the end", "a much longer text " * 60]
 MESSAGES = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
@@ -72,7 +73,7 @@ def test_a_merged_folder_is_that_of_plain_transformers(tmp_path: Path, backbone:
     model, folder = saved(tmp_path, backbone=backbone, lora=lora, max_length=40)
     expected = model.scores(TEXTS)
     again = RewardModel.load(folder)
-    assert again.max_length == 40
+    assert again.tokenize.max_length == 40
     torch.testing.assert_close(again.scores(TEXTS), expected, atol=1e-5, rtol=0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain: Any = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -140,7 +141,7 @@ def test_lengths_that_a_backbone_cannot_read(tmp_path: Path) -> None:
     for length in (0, 1025):
         with pytest.raises(InputError, match=f"'max_length': must lie between 1 and 1024.*got {length}"):
             build_reward_model("tiny-qwen3", length)
-    assert build_reward_model("tiny-qwen3").max_length == 256
+    assert build_reward_model("tiny-qwen3").tokenize.max_length == 256
     with pytest.raises(InputError, match="form must be one of merged, adapter, got 'zip'"):
         built("tiny-qwen3").save(tmp_path / "zip", "zip")
     with pytest.raises(InputError, match="no adapter to export"):

@@ -1,0 +1,127 @@
+"""Arms that experiments on policies share: the warm start, and a trained policy turned into results."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiments.sft import SPEC as SFT
+from lit_core.files import read_json, write_json
+from lit_core.presets import is_preset
+from lit_core.report import versions
+from lit_core.reproduce import Arm, ArmContext, write_results
+from lit_core.setting import Setting
+from lit_core.stages import ExperimentCLI, write_export
+from lit_rl.modules.evaluation import ProblemResult, per_problem, summarise
+
+START = "sft"
+CACHE_VARIABLE = "LIT_CACHE"
+FORWARDED = (  # which of the user's flags the warm start takes too
+    *("--model.backbone", "--model.loading", "--model.prompt", "--data.countdown", "--data.task", "--data.held_out"),
+    *("--trainer.accelerator", "--trainer.devices", "--trainer.precision", "--trainer.logger"),
+)
+TABLE = ("success", "pass@4", "invalid", "distinct_correct", "length", "entropy", "tail_mass")
+
+
+def cache_folder() -> Path:
+    """Where trained warm starts are kept: ``$LIT_CACHE``, or the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(base) / "lit-suite")
+
+
+def needs_start(setting: Setting) -> bool:
+    """Whether the policy has random weights, which no reward can teach."""
+    return is_preset(setting.value(None, "model.backbone"))
+
+
+def start_arm(setting: Setting, name: str = START, flags: Sequence[str] = (), main: bool = True) -> Arm:
+    """The policy that reinforcement learning starts from: trained on solutions once a machine, then evaluated.
+
+    Args:
+        setting: The experiment that uses it.
+        name: Name of the arm.
+        flags: Further flags of its fit and of its evaluation.
+        main: Whether it is run by default.
+    """
+    warm = _warm_setting(setting, flags)
+
+    def run(context: ArmContext) -> None:
+        folder = warm_start(warm, context.seed)
+        args = [flag for flag in (*setting.flags, *flags) if not flag.startswith("--model.")]
+        args += [f"--model.backbone={folder / 'export'}", f"--seed_everything={context.seed}"]
+        configs = setting.spec.configs(setting.scale)
+        cli = ExperimentCLI(setting.spec, ["test", *args], configs, context.folder / "test", quiet=True)
+        write_json(context.folder / "curves.json", {})
+        write_json(context.folder / "start.json", {"backbone": str(folder / "export")})
+        finish(context, cli, cost=read_json(folder / "cost.json"))
+
+    return Arm(name, "start (SFT)" if name == START else f"start (SFT), {name}", run, main=main, seeded=False)
+
+
+def warm_start(setting: Setting, seed: int) -> Path:
+    """Train the warm start unless it lies in the cache already; a fit that was cut off goes on.
+
+    Returns:
+        Folder with ``export`` and ``cost.json``.
+    """
+    text = "\n".join([setting.fingerprint(), str(seed), versions().get("lit-suite", "")])
+    folder = cache_folder() / "warm_start" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    if not (folder / "cost.json").exists():
+        cli = setting.fit(folder / "fit", seed)
+        if not (folder / "export").exists():
+            write_export(SFT, folder / "fit" / "last.ckpt", folder / "export", "merged")
+        write_json(folder / "cost.json", _cost(cli))  # marks the folder as complete
+    return folder
+
+
+def _warm_setting(setting: Setting, flags: Sequence[str]) -> Setting:
+    kept = tuple(flag for flag in (*setting.flags, *flags) if flag.startswith(FORWARDED))
+    return replace(setting, spec=SFT, flags=kept)
+
+
+def backbone_flags(context: ArmContext, start: str = START) -> list[str]:
+    """Flag that makes a fit begin from a start arm that it needs, if it does."""
+    if start not in context.needed:
+        return []
+    return [f"--model.backbone={read_json(context.of(start) / 'start.json')['backbone']}"]
+
+
+def finish(
+    context: ArmContext,
+    cli: ExperimentCLI,
+    extra: Mapping[str, float] | None = None,
+    cost: Mapping[str, float] | None = None,
+) -> None:
+    """Write an arm's results from the policy's responses to the test problems.
+
+    Args:
+        context: The arm.
+        cli: A run whose last evaluation was that of the test split.
+        extra: Further metrics.
+        cost: What it cost, where that is not what the run says.
+    """
+    module: Any = cli.model
+    results: list[ProblemResult] = module.results
+    items = per_problem(results)
+    write_results(context.folder, {**summarise(results), **(extra or {})}, items, cost or _cost(cli))
+
+
+def train(
+    setting: Setting,
+    context: ArmContext,
+    flags: Sequence[str],
+    start: str = START,
+    extra: Mapping[str, float] | None = None,
+) -> None:
+    """Fit a policy from its start, evaluate it on the test problems, and write results and curves."""
+    cli = setting.fit(context.folder / "fit", context.seed, [*backbone_flags(context, start), *flags])
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    path = cli.folder / "curves.json"
+    write_json(context.folder / "curves.json", read_json(path) if path.exists() else {})
+    finish(context, cli, extra)
+
+
+def _cost(cli: ExperimentCLI) -> dict[str, float]:
+    return {"tokens": float(cli.throughput.tokens), "steps": float(cli.trainer.global_step)}
