@@ -148,9 +148,7 @@ def compare(name: str, case: Case, prompt_count: int, device: str, repetitions: 
         "ours": sum(len(completion.tokens) for found in completions[-repetitions:] for completion in found),
         "generate": sum(theirs[-repetitions:]),
     }
-    rates = {
-        side: tokens[side] / sum(timing.cpu if device == "cpu" else timing.wall) for side, timing in times.items()
-    }
+    rates = {side: tokens[side] / sum(timing.cpu if device == "cpu" else timing.wall) for side, timing in times.items()}
     greedy = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=GREEDY_TOKENS))
     expected = model.generate(**inputs, do_sample=False, max_new_tokens=GREEDY_TOKENS)[:, -GREEDY_TOKENS:].tolist()
     same = [one.tokens == other for one, other in zip(greedy, expected, strict=True)]

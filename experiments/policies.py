@@ -31,6 +31,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path(base) / "lit-suite")
 
 
+def side_by_side(setting: Setting) -> int:
+    """Runs at a time: a tiny policy is too small for more than one core, a real one wants the machine for itself."""
+    return 1 if setting.scale == "paper" else os.cpu_count() or 1
+
+
 def needs_start(setting: Setting) -> bool:
     """Whether the policy has random weights, which no reward can teach."""
     return is_preset(setting.value(None, "model.backbone"))

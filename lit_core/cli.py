@@ -78,7 +78,7 @@ def main(spec: Spec, args: Sequence[str] | None = None) -> int:
     verb = args.pop(0) if args and not args[0].startswith("-") else "reproduce"
     names = [arg.partition("=") for arg in args]
     args = [spec.aliases.get(name, name) + equals + value for name, equals, value in names]
-    _quieten()
+    quieten()
     return guarded(lambda: _verb(spec, verb, args))
 
 
@@ -137,6 +137,7 @@ def _reproduce_parser(spec: Spec) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of every arm (default 0 1 2)")
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="seconds, minutes (default), the paper's own")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where all runs go (default runs)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: what suits the experiment and this machine)")
     parser.add_argument("--fresh", action="store_true", help="delete what these arms and seeds left, begin anew")
     return parser
 
@@ -153,8 +154,8 @@ def _export_parser(spec: Spec) -> argparse.ArgumentParser:
 def _check_forwarded(args: list[str]) -> list[str]:
     for arg in args:
         if arg.startswith("-") and not arg.startswith(("--model.", "--data.", "--trainer.")) and not _is_number(arg):
-            raise InputError(f"unknown flag '{arg}'; reproduce takes --arms --seeds --scale --runs_dir --fresh, and "
-                             "--model.*, --data.*, --trainer.* for every fit")  # fmt: skip
+            raise InputError(f"unknown flag '{arg}'; reproduce takes --arms --seeds --scale --runs_dir --jobs --fresh, "
+                             "and --model.*, --data.*, --trainer.* for every fit")  # fmt: skip
     return args
 
 
@@ -183,7 +184,7 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave out library chatter that says nothing about the user's run."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse 5 drops
@@ -202,7 +203,7 @@ def _help(spec: Spec) -> str:
 usage: python -m experiments.{spec.name} [verb] [flags]
 
   reproduce (default)    the method against its baselines: tables, plots, claims
-    --arms main|all|NAMES  --seeds 0 1 2  --scale smoke|tiny|paper  --runs_dir DIR  --fresh
+    --arms main|all|NAMES  --seeds 0 1 2  --scale smoke|tiny|paper  --runs_dir DIR  --jobs N  --fresh
   fit                    train, then evaluate on the test queries{stages}
   validate | test | predict
                          evaluate, or write vectors; --ckpt_path FILE for a trained model

@@ -91,7 +91,7 @@ class Arm:
         main: Whether it is run by default.
         seeded: Whether the seed changes anything; otherwise it is run once, in ``seed0``.
         needs: Arms that have to be done before, at the same seed; their costs are added to this arm's.
-        hidden: Left out of tables and plots (a shared pre-training, say).
+        hidden: Left out of tables and plots (a shared pre-training, say); run where it is needed, or ``main``.
     """
 
     name: str
@@ -114,6 +114,8 @@ class Experiment:
         table_metrics: Metrics shown in tables and plots.
         fingerprint: Text that changes whenever results would: the configuration of this scale, printed.
         curves: Names of recorded curves to plot; those of ``val/<table metric>`` if empty.
+        jobs: Runs at a time that make the best of this machine; more than 1 where models are too small for its cores.
+        notes: Further notes under the report's tables.
     """
 
     name: str
@@ -122,6 +124,8 @@ class Experiment:
     table_metrics: tuple[str, ...]
     fingerprint: str
     curves: tuple[str, ...] = ()
+    jobs: int = 1
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         seen: dict[str, Arm] = {}
@@ -154,7 +158,7 @@ class Experiment:
         chosen: set[str] = set()
         for name in names:
             if name in ("main", "all"):
-                chosen |= {arm.name for arm in self.arms if not arm.hidden and (arm.main or name == "all")}
+                chosen |= {arm.name for arm in self.arms if arm.main or (name == "all" and not arm.hidden)}
             elif name in known:
                 chosen.add(name)
             else:

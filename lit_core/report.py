@@ -140,6 +140,7 @@ def build_report(
     claims: Sequence[Claim],
     table_metrics: Sequence[str],
     device: str = "",
+    further_notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Gather the arms' results into the report that ``report.json`` holds.
 
@@ -167,7 +168,7 @@ def build_report(
         "table_metrics": list(table_metrics),
         "arms": [_arm_report(arm) for arm in arms],
         "claims": [_claim_report(claim, by_name[claim.arm], by_name[claim.baseline]) for claim in compared],
-        "notes": notes,
+        "notes": [*notes, *further_notes],
     }
 
 

@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, Literal
 from lit_core.errors import InputError
 from lit_core.experiment import Arm, ArmContext, Clock, Experiment
 from lit_core.files import read_json, write_json
+from lit_core.jobs import Perform, Task, run_tasks
 from lit_core.report import (
     ArmResults,
     Claim,
@@ -41,6 +42,10 @@ class _Job:
     seed: int
     folder: Path
     fingerprint: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm.name} seed {self.seed}" if self.arm.seeded else self.arm.name
 
     def done(self) -> bool:
         return (self.folder / "results.json").exists()
@@ -112,6 +117,33 @@ class _Runner:
             raise RuntimeError(f"arm '{job.arm.name}' ended without write_results in {job.folder}")
         return clock.seconds()
 
+    def run_here(self, say: Callable[[str], None]) -> None:
+        """Run the jobs that are not done, one after the other."""
+        started = time.perf_counter()
+        for number, job in enumerate(self.jobs.values(), start=1):
+            label = f"[{number}/{len(self.jobs)}] {job.label}"
+            if job.done():
+                say(f"{label}: already done")
+                continue
+            say(f"{label}: goes on after an interruption …" if (job.folder / "arm.json").exists() else f"{label} …")
+            self.write_manifest(running=job)
+            seconds = self.run(job)
+            total = format_seconds(time.perf_counter() - started)
+            say(f"{label}: done in {format_seconds(seconds)}, {total} since the start")
+
+    def run_apart(self, slots: int, perform: Perform, say: Callable[[str], None]) -> None:
+        """Run the jobs that are not done side by side, each in a process of its own."""
+        waiting = [job for job in self.jobs.values() if not job.done()]
+        say(f"{len(waiting)} of {len(self.jobs)} runs to do, {slots} at a time …")
+        self.write_manifest()
+        number = {id(job): place for place, job in enumerate(waiting)}
+        tasks = []
+        for job in waiting:
+            needed = [id(self.job(name, job.seed)) for name in job.arm.needs]
+            after = [number[other] for other in needed if other in number]
+            tasks.append(Task(job.label, job.folder, job.arm.name, job.seed, after))
+        run_tasks(tasks, slots, perform, say)
+
     def results(self, job: _Job) -> Results:
         """A job's results; its cost with that of the jobs it builds on, each counted once."""
         needed: dict[Path, _Job] = {}
@@ -139,7 +171,9 @@ class _Runner:
         experiment = self.experiment
         devices = {read_json(job.folder / "arm.json").get("device", "") for job in self.jobs.values()}
         device = ", ".join(sorted(devices - {""}))
-        report = build_report(experiment.name, self.scale, arms, experiment.claims, experiment.table_metrics, device)
+        report = build_report(
+            experiment.name, self.scale, arms, experiment.claims, experiment.table_metrics, device, experiment.notes
+        )
         captions: dict[str, str] = {}
         if figures:
             from lit_core.plots import write_figures
@@ -148,6 +182,12 @@ class _Runner:
             folders = {arm.title: [self.job(arm.name, seed).folder for seed in arm.seeds] for arm in arms}
             captions = write_figures(self.root, report, folders, names)
         return report, write_report(self.root, report, captions)
+
+
+def run_job(experiment: Experiment, runs_dir: Path | str, scale: str, arm: str, seed: int) -> None:
+    """Do one run of a reproduction that another process leads, which holds the folder's lock."""
+    runner = _Runner(experiment, Path(runs_dir) / experiment.name, experiment.select(arm), [seed], scale)
+    runner.run(runner.job(arm, seed))
 
 
 @contextmanager
@@ -174,6 +214,8 @@ def run_reproduce(
     seeds: Sequence[int] = (0, 1, 2),
     scale: str = "tiny",
     fresh: bool = False,
+    jobs: int | None = None,
+    perform: Perform | None = None,
 ) -> Path:
     """Run the arms that are not done yet, then write and print the report.
 
@@ -184,6 +226,8 @@ def run_reproduce(
         seeds: Seeds of each arm.
         scale: Name of the scale.
         fresh: Delete the folders of these arms and seeds first.
+        jobs: Runs at a time; by default as the experiment says.
+        perform: Does one run in another process, as :func:`run_job` does; without it runs are done here, one by one.
 
     Returns:
         Path of ``report.md``.
@@ -202,7 +246,6 @@ def run_reproduce(
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a log file has no width; tables should not be folded to 80 columns
-    started = time.perf_counter()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -212,18 +255,11 @@ def run_reproduce(
             runner.delete()
         runner.check()
         try:
-            for number, job in enumerate(runner.jobs.values(), start=1):
-                label = f"[{number}/{len(runner.jobs)}] {job.arm.name}" + (
-                    f" seed {job.seed}" if job.arm.seeded else ""
-                )
-                if job.done():
-                    say(f"{label}: already done")
-                    continue
-                say(f"{label}: goes on after an interruption …" if (job.folder / "arm.json").exists() else f"{label} …")
-                runner.write_manifest(running=job)
-                seconds = runner.run(job)
-                total = format_seconds(time.perf_counter() - started)
-                say(f"{label}: done in {format_seconds(seconds)}, {total} since the start")
+            slots = (jobs or experiment.jobs) if perform is not None else 1
+            if slots > 1 and perform is not None:
+                runner.run_apart(slots, perform, say)
+            else:
+                runner.run_here(say)
             runner.write_manifest()
             report, path = runner.report()
         except (KeyboardInterrupt, SystemExit) as interrupt:

@@ -91,7 +91,35 @@ def reproduce(spec: Spec, options: argparse.Namespace, flags: list[str]) -> None
         raise InputError(f"reproduce trains on one device (got {devices}): each process would run all arms; use fit")
     experiment = load(spec.arms)(setting)
     arms = options.arms[0] if options.arms in (["main"], ["all"]) else options.arms
-    run_reproduce(experiment, options.runs_dir, arms, options.seeds, options.scale, options.fresh)
+    if options.jobs is not None and options.jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {options.jobs}")
+    performer = Performer(setting, options.runs_dir)
+    run_reproduce(
+        experiment, options.runs_dir, arms, options.seeds, options.scale, options.fresh, options.jobs, performer
+    )
+
+
+class Performer:
+    """Does single runs of an experiment in a process of its own.
+
+    Args:
+        setting: What the arms are built from.
+        runs_dir: Where all runs go.
+    """
+
+    def __init__(self, setting: Setting, runs_dir: Path) -> None:
+        self.setting, self.runs_dir = setting, runs_dir
+        self.experiment: Any = None  # built where it is used
+
+    def __call__(self, arm: str, seed: int) -> None:
+        """Run an arm at a seed."""
+        from lit_core.cli import quieten
+        from lit_core.reproduce import run_job
+
+        if self.experiment is None:
+            quieten()
+            self.experiment = load(self.setting.spec.arms)(self.setting)
+        run_job(self.experiment, self.runs_dir, self.setting.scale, arm, seed)
 
 
 def _joined(flags: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.policies import START, TABLE, needs_start, start_arm, train
+from experiments.policies import START, TABLE, needs_start, side_by_side, start_arm, train
 from lit_core.reproduce import Arm, ArmContext, Claim, Experiment
 from lit_core.setting import Setting
 
@@ -42,4 +42,4 @@ def build(setting: Setting) -> Experiment:
         Claim("REINFORCE++ beats GRPO", metric, "reinforce_pp", "grpo"),
     )
     curves = ("val/success", "val/pass@4", "val/entropy", "rollout/reward_mean", "rollout/length_mean")
-    return Experiment("grpo", arms, claims, TABLE, setting.fingerprint(), curves)
+    return Experiment("grpo", arms, claims, TABLE, setting.fingerprint(), curves, side_by_side(setting))

@@ -1,6 +1,6 @@
 """The warm start by itself: what imitation gives, seed by seed."""
 
-from experiments.policies import TABLE, finish
+from experiments.policies import TABLE, finish, side_by_side
 from lit_core.files import read_json, write_json
 from lit_core.reproduce import Arm, ArmContext, Claim, Experiment
 from lit_core.setting import Setting
@@ -23,4 +23,4 @@ def build(setting: Setting) -> Experiment:
     arms = (trained("quarter", "a quarter of the steps", 0.25), trained("sft", "SFT", 1.0))
     claims = (Claim("More steps of imitation solve more held-out problems", "success", "sft", "quarter"),)
     curves = ("train/loss", "val/success", "val/pass@4", "val/invalid")
-    return Experiment("sft", arms, claims, TABLE, setting.fingerprint(), curves)
+    return Experiment("sft", arms, claims, TABLE, setting.fingerprint(), curves, side_by_side(setting))

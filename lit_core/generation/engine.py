@@ -103,13 +103,12 @@ class TorchEngine:
         self, requests: Sequence[Request], params: SamplingParams, hook: StepHook | None = None
     ) -> list[Completion]:
         """Draw one response for each request; those with equal prompts and prefixes share what they have in common."""
-        stops = None
+        stops, vocabulary = None, unwrap(self.model).config.get_text_config().vocab_size
         if params.stop_strings:
             if self.tokenizer is None:
                 raise InputError("stop strings need a tokenizer")
-            vocabulary = unwrap(self.model).config.get_text_config().vocab_size
             stops = stop_strings(params.stop_strings, self.tokenizer, vocabulary)
-        groups = _groups(requests, params)
+        groups = _groups(requests, params.max_tokens, vocabulary)
         with (
             _evaluating(self.model),
             gathered_weights(self.model),  # on all ranks, also on one that has no requests
@@ -157,15 +156,18 @@ class _Group:
         return replace(self, members=first)
 
 
-def _groups(requests: Sequence[Request], params: SamplingParams) -> list[_Group]:
+def _groups(requests: Sequence[Request], max_tokens: int, vocabulary: int) -> list[_Group]:
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
     for number, request in enumerate(requests):
         found.setdefault((tuple(request.prompt), tuple(request.prefix)), []).append(number)
     groups = []
     for (prompt, prefix), members in found.items():
-        remaining = params.max_tokens - len(prefix)
+        remaining = max_tokens - len(prefix)
         if remaining < 1:
-            raise InputError(f"a prefix of {len(prefix)} tokens leaves nothing of {params.max_tokens} to draw")
+            raise InputError(f"a prefix of {len(prefix)} tokens leaves nothing of {max_tokens} to draw")
+        for token in (min(prompt + prefix), max(prompt + prefix)):  # a GPU would not survive the lookup
+            if not 0 <= token < vocabulary:
+                raise InputError(f"the model has tokens 0 to {vocabulary - 1}, got {token} in a prompt or prefix")
         groups.append(_Group([*prompt, *prefix], members, len(prefix), remaining))
     return groups
 

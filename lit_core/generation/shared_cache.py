@@ -16,7 +16,7 @@ from lit_core.backbones import text_model, unwrap
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # others change with the length of the text
-PREFILL_TOKENS = 8192  # padded tokens of prompts read at once
+PREFILL_TOKENS = 2048  # padded tokens of prompts read at once; they are sorted by length, so few are padding
 LENGTH_STEP = 64  # on a GPU the cache is read up to a multiple of this, so that few shapes occur
 
 
@@ -152,11 +152,12 @@ class SharedCache:
         for row, slot in enumerate(self.slots):
             place.append((slot, len(members[slot])))
             members[slot].append(row)
-        width = max(len(rows) for rows in members)
-        grid = [row for rows in members for row in [*rows, *[0] * (width - len(rows))]]
-        self.width = width
-        self.grid = torch.tensor(grid, device=self.device)
-        self.place = torch.tensor([slot * width + rank for slot, rank in place], device=self.device)
+        self.width = max(len(rows) for rows in members)
+        grid = torch.tensor([[*rows, *[0] * (self.width - len(rows))] for rows in members], device=self.device)
+        slots, ranks = torch.tensor(place, device=self.device).T[..., None]
+        heads = torch.arange(self.kv_heads, device=self.device)
+        self.grid = (grid[:, None] * self.kv_heads + heads[:, None]).flatten()  # row and head at (P, H, n)
+        self.place = ((slots * self.kv_heads + heads) * self.width + ranks).flatten()  # where (B, H) stands in it
         lengths = torch.tensor(self.prompt_lengths, device=self.device)
         self.longest_prompt = max(self.prompt_lengths)
         hidden = torch.arange(self.longest_prompt, device=self.device) >= lengths[:, None]
@@ -214,15 +215,11 @@ class SharedCache:
     def _attend_to_prompts(self, number: int, queries: Tensor) -> Part:
         """Queries ``(B, H, G, D)`` of all rows of a prompt together, against its keys, which are read once."""
         prompts, length = len(self.prompt_lengths), self.longest_prompt
-        shape = (prompts, self.width, self.kv_heads, self.group, self.head_dim)
-        gathered = queries[self.grid].view(shape).transpose(1, 2).flatten(2, 3)  # (P, H, n G, D)
+        shape = (prompts, self.kv_heads, self.width * self.group, self.head_dim)
+        gathered = queries.flatten(0, 1).index_select(0, self.grid).view(shape)
         part = _attend(gathered, self.prompt_cache[number][:, :prompts, :, :length], self.prompt_mask)
-
-        def by_row(tensor: Tensor) -> Tensor:
-            apart = tensor.view(prompts, self.kv_heads, self.width, self.group, -1).transpose(1, 2)
-            return apart.flatten(0, 1)[self.place]
-
-        return Part(by_row(part.outputs), by_row(part.normaliser))
+        apart = (tensor.view(len(self.grid), self.group, -1) for tensor in part)
+        return Part(*(tensor.index_select(0, self.place).view(*queries.shape[:3], -1) for tensor in apart))
 
     def _projections(self, number: int, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated and scaled queries ``(..., heads, D)``; rotated keys and values ``(..., H, D)``."""

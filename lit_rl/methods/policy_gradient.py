@@ -7,6 +7,8 @@ of the seed and of that count, so that a resumed run repeats them.
 """
 
 import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,13 +17,14 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lit_core.backbones import BackboneConfig, Lora, Quantization, unwrap
 from lit_core.errors import InputError
 from lit_core.optim import Schedule, build_schedule, clip_gradients, parameter_groups
 from lit_core.samplers import mix_seed
-from lit_core.sharding import average_gradients, gather_objects, summed, world_size
+from lit_core.sharding import average_gradients, gather_objects, row_counts, summed, world_size
 from lit_rl.functional.losses import adapted_coefficient, divergence, importance_weights
 from lit_rl.functional.masking import masked_mean
 from lit_rl.methods.policy_method import PolicyMethod
@@ -103,6 +106,8 @@ class PolicyGradient(PolicyMethod):
 
     def configure_model(self) -> None:
         super().configure_model()
+        if self.update.layout == "shared" and not self.policy.shares_prompts:
+            raise InputError("this backbone, or its attention, cannot share prompts", field="update.layout")
         self.term = Exploration(self.exploration, int(unwrap(self.policy.model).config.vocab_size))
         self.surrogate = Surrogate(self.loss, self.term, self.rollout)
 
@@ -131,7 +136,7 @@ class PolicyGradient(PolicyMethod):
         self.log("time/update_tokens_per_s", float(experience.mask.sum()) / update)
         means = totals.means(summed)
         self.log_dict(means)
-        if self.exploration.kind == "adaptive_entropy":
+        if self.exploration.kind == "adaptive_entropy" and "policy/full_entropy" in means:
             self.entropy_coef = self.term.adapted(self.entropy_coef, float(means["policy/full_entropy"]))
             self.log("policy/entropy_coef", self.entropy_coef)
         self.log("train/skipped_steps", float(self.skipped))
@@ -150,7 +155,10 @@ class PolicyGradient(PolicyMethod):
         rows = informative(drawn)
         total = summed(torch.tensor([float(len(rows)), float(len(drawn))], device=self.device))
         self.log("rollout/all_equal", 1 - total[0] / total[1])
-        self._warn_if_dull(bool(total[0] > 0))
+        signal = bool(total[0] > 0)
+        if config.samples == 1:  # there are no groups: the batch is what a reward is compared with
+            signal = len(set[float]().union(*gather_objects(set(drawn.rewards)))) > 1
+        self._warn_if_dull(signal)
         if not config.dynamic:
             return drawn
         if rows:
@@ -190,15 +198,17 @@ class PolicyGradient(PolicyMethod):
             totals.add("policy/kl", kl, mask)
             if self.loss.kl_in == "reward":
                 penalties = self.kl_coef * kl
-            self._adapt_kl(float(mean), len(rollout) * world_size())
+            self._adapt_kl(float(mean), sum(row_counts(len(rollout), self.device)))
         self.advantages(rollout, experience, penalties)
         return experience
 
     def _learn(self, experience: Experience, totals: Totals) -> None:
-        """Epochs of mini-batches, an optimizer step each."""
+        """Epochs of mini-batches, an optimizer step each; ranks take equally many, also where one has fewer groups."""
+        groups = min(row_counts(len(set(experience.sequences.groups)), self.device))
+        count = min(self.update.mini_batches, groups)
         for epoch in range(self.update.epochs):
             parts = (self.loading.seed, self.global_step, epoch)
-            for number, rows in enumerate(deal_groups(experience.sequences, self.update.mini_batches, *parts)):
+            for number, rows in enumerate(deal_groups(experience.sequences, count, *parts)):
                 self._step(experience, rows, totals, mix_seed(*parts, number))
 
     def _step(self, experience: Experience, rows: list[int], totals: Totals, seed: int) -> None:
@@ -212,12 +222,15 @@ class PolicyGradient(PolicyMethod):
             selection = self._select(experience, rows, seed)
         scale = self.surrogate.denominators(experience, rows, chunks, selection, self.update_constant(rows))
         whole = torch.zeros((), device=self.device)
-        for chunk in chunks:
-            loss = world_size() * self.chunk_loss(chunk, experience, scale, selection, totals, seed)
-            self.manual_backward(loss)  # gradients are averaged over the ranks, where each has its share of the loss
-            whole += loss.detach()
+        with self._no_sync():  # ranks may have different numbers of chunks
+            for chunk in chunks:
+                loss = world_size() * self.chunk_loss(chunk, experience, scale, selection, totals, seed)
+                self.manual_backward(loss)  # a rank's gradient is that of its share of the loss; their mean is taken
+                whole += loss.detach()
         totals.add("policy/loss", whole)
         average_gradients(self.parameters())
+        for parameter in self.resting():
+            parameter.grad = None
         norms = [clip_gradients(parameters, self.max_grad_norm) for parameters in self.clipped_apart()]
         totals.add("policy/grad_norm", norms[0])
         if all(bool(norm.isfinite()) for norm in norms):
@@ -242,13 +255,17 @@ class PolicyGradient(PolicyMethod):
             self.policy, states, chunk, experience, scale, selection, totals, seed, self.kl_coef, self.entropy_coef
         )
 
+    def resting(self) -> Iterable[torch.nn.Parameter]:
+        """Parameters that this update leaves as they are."""
+        return ()
+
     def clipped_apart(self) -> list[list[torch.nn.Parameter]]:
         """Parameters whose gradients are clipped together, the policy's first."""
         return [[parameter for parameter in self.policy.parameters() if parameter.requires_grad]]
 
     def update_constant(self, rows: list[int]) -> float:
         """Divisor of ``const_norm``: by default what full responses of the whole mini-batch would have in tokens."""
-        return self.loss.constant or float(len(rows) * world_size() * self.rollout.max_tokens)
+        return self.loss.constant or float(sum(row_counts(len(rows), self.device)) * self.rollout.max_tokens)
 
     @property
     def policy_dtype(self) -> torch.dtype:
@@ -257,7 +274,8 @@ class PolicyGradient(PolicyMethod):
 
     def _chunks(self, sequences: Sequences, rows: list[int]) -> list[Chunk]:
         budget = self.update.micro_tokens or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
-        return sequences.chunks(rows, budget, self.device, self.update.layout, self.device_mesh is not None)
+        layout = self.update.layout if self.policy.shares_prompts else "sorted"
+        return sequences.chunks(rows, budget, self.device, layout, self.device_mesh is not None)
 
     @torch.no_grad()
     def _by_token(self, sequences: Sequences, mask: Tensor, compute: Any, responses: Tensor) -> Tensor:
@@ -312,13 +330,18 @@ class PolicyGradient(PolicyMethod):
 
     def _log_rollout(self, drawn: Rollout, seconds: float) -> None:
         lengths = drawn.mask.sum(1).float()
-        self.log("rollout/reward_mean", torch.tensor(drawn.rewards).mean(), prog_bar=True, sync_dist=True)
-        self.log("rollout/reward_std", torch.tensor(drawn.rewards).std(correction=0), sync_dist=True)
+        rewards = torch.tensor(drawn.rewards, device=self.device)
+        self.log("rollout/reward_mean", rewards.mean(), prog_bar=True, sync_dist=True)
+        self.log("rollout/reward_std", rewards.std(correction=0), sync_dist=True)
         self.log("rollout/length_mean", lengths.mean(), sync_dist=True)
         self.log("rollout/length_max", lengths.max(), reduce_fx="max", sync_dist=True)
         self.log("rollout/truncated", drawn.truncated.float().mean(), sync_dist=True)
         self.log("time/rollout_s", seconds)
         self.log("time/rollout_tokens_per_s", float(lengths.sum()) / seconds)
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        model = self.trainer.strategy.model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def _count_step(self) -> None:
         """Count one step for the trainer, and move the learning rate on."""

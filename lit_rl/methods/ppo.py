@@ -1,5 +1,6 @@
 """Proximal policy optimisation with a value function (Schulman et al. 2017) for language models."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -103,6 +104,10 @@ class PPO(PolicyGradient):
 
     def clipped_apart(self) -> list[list[nn.Parameter]]:
         return [*super().clipped_apart(), [p for p in self.critic.parameters() if p.requires_grad]]
+
+    def resting(self) -> Iterable[nn.Parameter]:
+        """The policy while the critic warms up: neither weight decay nor the states of a shared trunk may move it."""
+        return self.policy.parameters() if self.global_step < self.critic_config.warmup else ()
 
     def values(self, chunk: Chunk, states: Tensor | None = None) -> Tensor:
         """Values of the states before each response token of a chunk ``(N,)``; ``states`` are the policy's."""

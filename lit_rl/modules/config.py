@@ -63,6 +63,8 @@ class RolloutConfig:
         at_least(0, overlong_buffer=self.overlong_buffer)
         if not self.temperature > 0:
             raise InputError(f"must be above 0, got {self.temperature}", field="rollout.temperature")
+        if self.dynamic and self.samples < 2:
+            raise InputError("leaves out groups of equal rewards: at least 2 samples, got 1", field="rollout.dynamic")
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         at_least(0, clip_low=self.clip_low, clip_high=self.clip_high, kl_coef=self.kl_coef)
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise InputError(f"must be above 1, got {self.dual_clip}", field="loss.dual_clip")
         if self.kl_in == "loss" and self.kl == "k1" and self.kl_coef > 0:
             raise InputError("k1 has no gradient on average as a loss; use it with kl_in: reward", field="loss.kl")
 
@@ -184,7 +188,7 @@ class ExplorationConfig:
         kind: ``entropy`` over the whole vocabulary, with a fixed or an adapted coefficient; ``tre_k`` or ``tre_p``, the
             entropy over the most probable tokens by number or by mass; ``forking``, the loss on the tokens of highest
             entropy alone; ``kl_cov`` and ``clip_cov``, which hold back tokens of high covariance; ``clip_higher``.
-        coefficient: Weight of the entropy, or of the penalty of ``kl_cov`` relative to its paper's 1.
+        coefficient: Weight of the entropy. (The penalty of ``kl_cov`` has its authors' weight of 1.)
         top_k: Region of ``tre_k``.
         top_p: Region of ``tre_p``.
         scale: Bring the entropy of a region to the range of the full one, or not.

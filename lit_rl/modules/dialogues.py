@@ -37,6 +37,7 @@ class DialogueTokenizer:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         tokenizer.truncation_side, tokenizer.model_max_length = "left", max_length
+        tokenizer.init_kwargs["truncation_side"] = "left"  # what save_pretrained writes
 
     def text(self, dialogue: Dialogue) -> str:
         """A dialogue as one text."""

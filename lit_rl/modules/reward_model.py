@@ -23,6 +23,7 @@ from lit_core.tokens import Tokens, plan_chunks, plan_equal_chunks
 from lit_rl.modules.dialogues import Dialogue, DialogueTokenizer
 
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 32768
+QUANTISED = {"quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"}  # where transformers and peft look for it
 CLASSIFIER = "ForSequenceClassification"  # how transformers' classes are called
 
 
@@ -242,8 +243,8 @@ def _classifier(inner: Any, backbone: str, has_head: bool, loading: BackboneConf
         )
         for name, module in head.items():
             module.load_state_dict(found.get_submodule(name).state_dict())
-    if (method := _quantised(inner)) is not None:
-        model.quantization_method = method  # so that nobody merges into it
+    for name in QUANTISED & vars(encoder).keys():
+        setattr(model, name, getattr(encoder, name))
     _in_float32(model, head)
     return model
 

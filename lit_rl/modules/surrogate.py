@@ -20,10 +20,12 @@ class Denominators:
 
     Args:
         policy: Of the policy's loss.
+        divergence: Of the divergence, whose mean is over all tokens also where the policy's loss is kept to some.
         tokens: Of everything that is a mean over tokens.
     """
 
     policy: Tensor
+    divergence: Tensor
     tokens: Tensor
 
 
@@ -50,14 +52,15 @@ class Surrogate:
         """Count what an optimizer step sees, before its first micro-batch."""
         mask = experience.mask[torch.tensor(rows, device=experience.mask.device)]
         tokens = summed(mask.sum().float()).clamp(min=1)
-        if self.term.config.kind == "forking":  # the mean is over the tokens kept
+        whole = loss_denominator(mask, self.config.reduction, constant, summed)
+        if self.term.config.kind == "forking" and self.config.reduction == "token_mean":  # over the tokens kept
             if selection is not None:
                 count = selection.learned.sum().float()
             else:
                 counts = [int(experience.mask[torch.tensor(chunk.rows)].sum()) if chunk.rows else 0 for chunk in chunks]
                 count = torch.tensor(float(self.term.kept_tokens(counts)), device=mask.device)
-            return Denominators(summed(count).clamp(min=1), tokens)
-        return Denominators(loss_denominator(mask, self.config.reduction, constant, summed), tokens)
+            return Denominators(summed(count).clamp(min=1), whole, tokens)
+        return Denominators(whole, whole, tokens)
 
     def loss(
         self,
@@ -151,7 +154,9 @@ class Surrogate:
         totals.add_largest("policy/ratio_max", ratio.exp())
         if config.dual_clip is not None:
             totals.add("policy/dual_clip_fraction", found.dual_clipped, mask)
-        return aggregate(losses, chosen.learned, scale.policy, config.reduction)
+        losses = torch.where(chosen.learned, losses, 0.0)
+        counted = chosen.learned if self.term.config.kind == "forking" else mask
+        return aggregate(losses, counted, scale.policy, config.reduction)
 
     def _divergence_term(
         self,
@@ -167,7 +172,7 @@ class Surrogate:
         if reference is None or self.config.kl_in != "loss":
             return 0.0
         kl = divergence(log_probs, reference, self.config.kl)
-        return kl_coef * aggregate(kl, mask, scale.policy, self.config.reduction)
+        return kl_coef * aggregate(kl, mask, scale.divergence, self.config.reduction)
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ def test_equal_configurations_give_equal_tasks() -> None:
     assert first.dialogue("R") == f"\n\nHuman: {first.request}\n\nAssistant: R"
 
 
+@pytest.mark.slow
 def test_counts_out_of_range() -> None:
     with pytest.raises(InputError, match=r"tasks\.count.*got 9"):
         PreferenceTaskConfig(count=9)

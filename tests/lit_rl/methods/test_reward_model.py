@@ -92,6 +92,7 @@ def test_a_batch_holds_preferred_dialogues_first() -> None:
     chosen, rejected = module(batch.to("cpu"))
     expected = module.model.scores(["hi there", "yes", "go away", "a longer reply that is worse"])
     torch.testing.assert_close(torch.cat([chosen, rejected]).detach(), expected, atol=1e-6, rtol=0)
+    module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]  # there is no trainer
     loss = module.training_step(batch, 0)
     torch.testing.assert_close(loss, bradley_terry_loss(chosen, rejected, torch.tensor([0.0, 1.0]), 0.01))
 
@@ -103,9 +104,6 @@ def test_a_negative_weight_is_refused() -> None:
 
 def test_one_step_logs_what_the_step_gave(tmp_path: Path) -> None:
     module, logged = reward_model(), Logged()
-    module.configure_model()
-    data = PreferenceDataModule(batch_size=16, tasks=TASKS)
-    data.setup("fit")
     fit(module, tmp_path, 1, logged)
     (row,) = logged.rows
     assert {"train/loss", "train/accuracy", "train/reward_margin", "train/grad_norm"} <= row.keys()
@@ -144,6 +142,7 @@ def test_a_fit_resumed_in_mid_epoch_ends_bit_for_bit_alike(name: str, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lightning 2.6 calls what jsonargparse 5 drops
 def test_evaluation_is_that_of_the_scores_and_leaves_files(tmp_path: Path) -> None:
     module = reward_model()
     run = fit(module, tmp_path, 3, SaveAt(tmp_path / "last.ckpt", 3))

@@ -1,0 +1,168 @@
+"""PPO with each exploration term, at the coefficient that suits it best, and the tabular study.
+
+Every term with a coefficient is tuned on the same grid, with a seed of its own and on the validation problems; TRE also
+on the grid divided by its scale factor, which would give it a larger effective coefficient otherwise.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.policies import START, TABLE, backbone_flags, finish, needs_start, side_by_side, start_arm, train
+from experiments.tre.tabular import study
+from lit_core.files import read_json, write_json
+from lit_core.reproduce import Arm, ArmContext, Claim, Experiment, write_results
+from lit_core.setting import Setting
+
+GRID = (0.003, 0.01, 0.03)
+TUNING_SEED = 1000
+TABULAR = "tabular"
+KIND, COEFFICIENT = "--model.exploration.kind", "--model.exploration.coefficient"
+NO_SCALE = "--model.exploration.scale=none"
+LONG = ("--data.countdown.least_numbers=4", "--data.countdown.most_numbers=4")  # responses of about 14 tokens
+
+
+@dataclass(frozen=True)
+class Term:
+    """One way to keep exploring.
+
+    Args:
+        name: Of the arm.
+        title: In tables.
+        flags: What chooses it.
+        tuned: Whether it has a coefficient.
+        main: Whether it is run by default.
+    """
+
+    name: str
+    title: str
+    flags: tuple[str, ...]
+    tuned: bool = False
+    main: bool = False
+
+
+TERMS = (
+    Term("none", "PPO", (f"{KIND}=none",), main=True),
+    Term("entropy", "PPO + entropy", (f"{KIND}=entropy",), tuned=True, main=True),
+    Term("tre_k", "TRE-K, K = 2", (f"{KIND}=tre_k",), tuned=True, main=True),
+    Term("tre_p", "TRE-P, P = .99", (f"{KIND}=tre_p",), tuned=True, main=True),
+    Term("tre_k_unscaled", "TRE-K without the factor", (f"{KIND}=tre_k", NO_SCALE), tuned=True),
+    Term("tre_k_mass", "TRE-K, mass kept", (f"{KIND}=tre_k", "--model.exploration.mass_preserving=true"), tuned=True),
+    Term("adaptive_entropy", "PPO + adaptive entropy", (f"{KIND}=adaptive_entropy", f"{COEFFICIENT}=0.0")),
+    Term("forking", "forking tokens", (f"{KIND}=forking",)),
+    Term("kl_cov", "KL-Cov", (f"{KIND}=kl_cov",)),
+    Term("clip_cov", "Clip-Cov", (f"{KIND}=clip_cov",)),
+    Term("clip_higher", "clip-higher", (f"{KIND}=clip_higher",)),
+)
+
+
+def build(setting: Setting) -> Experiment:
+    """The arms and claims at a scale."""
+    tuning = setting.scale != "paper"  # there the paper's coefficient is taken
+    needs = (START,) if needs_start(setting) else ()
+    arms = [Arm(TABULAR, "tabular study", _tabular, seeded=False, hidden=True)]
+    if needs:
+        arms.append(start_arm(setting))
+    for term in TERMS:
+        arms += _term_arms(setting, term, needs, tuning)
+    if needs:
+        arms.append(start_arm(setting, "sft_long", LONG, main=False))
+        for name in ("none", "entropy", "tre_k"):
+            arms.append(_long_arm(setting, next(term for term in TERMS if term.name == name), tuning))
+    metric = "success"
+    claims = (
+        Claim("TRE-K solves more than PPO", metric, "tre_k", "none"),
+        Claim("TRE-K solves more than the entropy bonus", metric, "tre_k", "entropy"),
+        Claim("TRE-P solves more than PPO", metric, "tre_p", "none"),
+        Claim("TRE-K leaves less mass in the tail than the entropy bonus", "tail_mass", "tre_k", "entropy", False),
+        Claim("TRE-K makes fewer invalid answers than the entropy bonus", "invalid", "tre_k", "entropy", False),
+        Claim("TRE-K keeps more entropy inside the region than PPO", "region_entropy", "tre_k", "none"),
+        Claim("The factor helps TRE-K", metric, "tre_k", "tre_k_unscaled"),
+        Claim("TRE-K solves more than KL-Cov", metric, "tre_k", "kl_cov"),
+        Claim("TRE-K solves more than Clip-Cov", metric, "tre_k", "clip_cov"),
+        Claim("TRE-K solves more than forking tokens", metric, "tre_k", "forking"),
+    )
+    metrics = (*TABLE, "region_entropy", "region_size", "coefficient")
+    curves = ("val/success", "val/entropy", "val/tail_mass", "val/invalid", "val/region_entropy", "rollout/reward_mean")
+    notes = (
+        f"Coefficients were chosen among {', '.join(map(str, GRID))} (TRE also among these divided by its factor) by "
+        f"the success on validation problems of one run with seed {TUNING_SEED}.",
+        f"The tabular study stands in {TABULAR}/seed0/tabular.md.",
+    )
+    return Experiment("tre", tuple(arms), claims, metrics, setting.fingerprint(), curves, side_by_side(setting), notes)
+
+
+def _term_arms(setting: Setting, term: Term, needs: tuple[str, ...], tuning: bool) -> list[Arm]:
+    """A term's trials, hidden, and the term at its best coefficient."""
+    trials = (
+        [_trial_arm(setting, term, needs, value) for value in _grid(setting, term)] if term.tuned and tuning else []
+    )
+    names = tuple(arm.name for arm in trials)
+
+    def run(context: ArmContext) -> None:
+        flags = [*term.flags]
+        coefficient = 0.0
+        if names:
+            coefficient = _best(context, names)
+            flags.append(f"{COEFFICIENT}={coefficient}")
+        train(setting, context, flags, extra={"coefficient": coefficient})
+
+    return [*trials, Arm(term.name, term.title, run, main=term.main, needs=(*needs, *names))]
+
+
+def _trial_arm(setting: Setting, term: Term, needs: tuple[str, ...], coefficient: float) -> Arm:
+    def run(context: ArmContext) -> None:
+        flags = [*backbone_flags(context), *term.flags, f"{COEFFICIENT}={coefficient}"]
+        cli = setting.fit(context.folder / "fit", TUNING_SEED, flags)
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+        write_json(context.folder / "trial.json", {"coefficient": coefficient})
+        finish(context, cli)
+
+    name = f"trial_{term.name}_{coefficient:g}"
+    return Arm(name, f"{term.title}, {coefficient:g}", run, main=False, seeded=False, needs=needs, hidden=True)
+
+
+def _grid(setting: Setting, term: Term) -> tuple[float, ...]:
+    if not term.name.startswith("tre") or NO_SCALE in term.flags:
+        return GRID
+    factor = _factor(setting)
+    return tuple(sorted({*GRID, *(float(f"{value / factor:.2g}") for value in GRID)}))
+
+
+def _factor(setting: Setting) -> float:
+    """``log V / log K`` of the policy at K = 2."""
+    from lit_core.presets import PRESETS
+
+    backbone = setting.value(None, "model.backbone")
+    vocabulary = PRESETS[backbone].vocab_size if backbone in PRESETS else 151_936
+    return math.log(vocabulary) / math.log(2)
+
+
+def _best(context: ArmContext, trials: Sequence[str]) -> float:
+    """Coefficient of the trial with the most success; the smaller one of two that are equal."""
+    found: list[tuple[float, float]] = []
+    for name in trials:
+        folder = context.of(name)
+        value: Any = read_json(folder / "results.json")["metrics"]["success"]
+        found.append((-value, read_json(folder / "trial.json")["coefficient"]))
+    return min(found)[1]
+
+
+def _long_arm(setting: Setting, term: Term, tuning: bool) -> Arm:
+    """A term on problems with one number more, at the coefficient that was chosen for the shorter ones."""
+    trials = tuple(f"trial_{term.name}_{value:g}" for value in _grid(setting, term)) if term.tuned and tuning else ()
+
+    def run(context: ArmContext) -> None:
+        flags = [*LONG, *term.flags, *([f"{COEFFICIENT}={_best(context, trials)}"] if trials else [])]
+        train(setting, context, flags, start="sft_long")
+
+    return Arm(f"{term.name}_long", f"{term.title}, 4 numbers", run, main=False, needs=("sft_long", *trials))
+
+
+def _tabular(context: ArmContext) -> None:
+    quick = context.scale == "smoke"
+    found = study(context.folder, (0, 1, 2), quick, extended=not quick)
+    rewards = {f"{row['title']} {row['coefficient']:g}": row["metrics"]["reward"]["mean"]
+               for row in found["rows"] if row["part"] == "main"}  # fmt: skip
+    write_results(context.folder, rewards)
