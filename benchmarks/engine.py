@@ -6,8 +6,8 @@ the dynamic cache, left padding, ``num_return_sequences=8``. It carries a copy o
 on until the longest response is done; tokens behind a response's end do not count for either side.
 
 On a CPU: the preset ``tiny-qwen3``, and two layers of the shape of Qwen2.5-0.5B, where the head is nearly all of the
-cost, both in float32. On a GPU (``--device cuda``): the shapes of Qwen2.5-0.5B and 1.5B with all layers in bfloat16; that
-path has not been run yet, and its greedy responses may part at near ties, so that there only the log-probs decide.
+cost, both in float32. On a GPU (``--device cuda``): the shapes of Qwen2.5-0.5B and 1.5B with all layers, in bfloat16.
+That path has not been run yet; greedy responses may part at near ties there, so that only the log-probs decide.
 """
 
 import argparse

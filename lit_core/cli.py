@@ -33,7 +33,9 @@ class Spec:
         arms: ``module:function`` that builds the reproduction from a :class:`lit_core.setting.Setting`.
         stages: Names of the fits that make up the method, in order; each but the first starts from the folder that the
             one before has exported. Empty for a method of one fit.
-        callbacks: ``module:Class`` of callbacks that every run has; each is built with the run's folder.
+        callbacks: ``module:Class`` of callbacks that the runs of the trainer's verbs have, those of a reproduction
+            excepted, which has a report of its own; each is built with the run's folder.
+        recorders: The same for all runs.
         aliases: Other names of flags, as papers call the same thing by several.
     """
 
@@ -45,6 +47,7 @@ class Spec:
     arms: str
     stages: tuple[str, ...] = ()
     callbacks: tuple[str, ...] = ()
+    recorders: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def configs(self, scale: str, stage: str | None = None) -> list[Path]:

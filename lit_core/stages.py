@@ -142,7 +142,8 @@ class ExperimentCLI(LightningCLI):
         settings = self.config_init[self.subcommand]
         settings["checkpoint"].dirpath = str(self.folder)
         callbacks = [StepSeed(int(settings["seed_everything"])), CurveRecorder(self.folder)]
-        callbacks += [load(path)(self.folder) for path in self.spec.callbacks if not self.quiet]
+        paths = (*self.spec.recorders, *(() if self.quiet else self.spec.callbacks))
+        callbacks += [load(path)(self.folder) for path in paths]
         self.throughput = Throughput()  # in evaluation too: a checkpoint asks for the callbacks that it was made with
         callbacks += [self.throughput, FinalCheckpoint(self.folder)]
         trainer = settings["trainer"]

@@ -11,4 +11,6 @@ SPEC = Spec(
     method="lit_rl.methods.tre:TRE",
     data="lit_rl.data.prompts:PromptDataModule",
     arms="experiments.tre.arms:build",
+    callbacks=("lit_rl.callbacks.report:PolicyReport",),
+    recorders=("lit_rl.callbacks.samples:SampleTable",),
 )

@@ -278,6 +278,7 @@ def _merged(model: Any, folder: str) -> Any:
 
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property under its old name
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Merge lora module to .-bit linear")  # load_backbone says so
         return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 

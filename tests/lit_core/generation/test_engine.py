@@ -21,7 +21,10 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 
 @cache
 def model_of(name: str, small: bool = True) -> Any:
-    """A model in evaluation mode whose predictions depend on the text: larger weights than the usual start."""
+    """A model in evaluation mode whose predictions depend on the text: larger weights than the usual start.
+
+    Presets keep their sizes unless they are to be small.
+    """
     from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
     sizes: dict[str, Any] = SMALL if small else {**SMALL, "vocab_size": 512, "hidden_size": 64}
@@ -130,10 +133,8 @@ def test_frequencies_are_the_probabilities() -> None:
     found = TorchEngine(model).generate([[5, 9, 2]], SamplingParams(temperature=1.5, max_tokens=1), samples=count)
     observed = torch.tensor([completion.tokens[0] for completion in found]).bincount(minlength=64).double()
     expected = count * (teacher_forced(model, [5, 9, 2], [0])[0].double() / 1.5).softmax(0)
-    rare = expected < 5
-    assert int(rare.sum()) < 40
-    pairs = [torch.cat([part[~rare], part[rare].sum()[None]]) for part in (observed, expected)]
-    assert chisquare(*pairs).pvalue > 0.01
+    assert float(expected.min()) > 5
+    assert chisquare(observed, expected).pvalue > 0.01
 
 
 def test_a_request_gets_the_same_response_in_any_company() -> None:

@@ -114,7 +114,8 @@ def test_two_processes_do_what_one_does(runs: Runs, name: str) -> None:
     for part in ("weights", "logged"):
         assert two[part].keys() == one[part].keys()
         for key, value in one[part].items():
-            torch.testing.assert_close(two[part][key], value, atol=2e-6, rtol=1e-5)
+            tolerance = 0.04 if key == "val/accuracy" else 2e-6  # a pair of equal rewards may fall either way
+            torch.testing.assert_close(two[part][key], value, atol=tolerance, rtol=1e-5)
     assert {"val/loss", "val/accuracy", "train/grad_norm"} <= one["logged"].keys()
     assert two["rewards"].keys() == one["rewards"].keys()
     for key, both in one["rewards"].items():

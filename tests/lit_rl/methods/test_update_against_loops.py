@@ -1,23 +1,18 @@
 """Whole updates, several optimizer steps from fixed responses, against the same written as loops."""
 
-import random
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import policy_worker as worker
 import pytest
 import torch
-from torch import Tensor
-from update_in_loops import Update
+from update_in_loops import Replay, prepared, rollout
 
 from lit_core.backbones import Lora
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.ppo import PPO
 from lit_rl.methods.tre import TRE
 from lit_rl.modules.config import CriticConfig, ExplorationConfig, LossConfig, RolloutConfig, UpdateConfig
-from lit_rl.modules.layout import Sequences
-from lit_rl.modules.rollouts import Rollout
 
 TWICE = UpdateConfig(epochs=2, mini_batches=2)
 KL = {"kl_coef": 0.3}
@@ -73,79 +68,21 @@ CASES: dict[str, Any] = {
 
 
 QUICK = ("grpo", "dapo", "adapters", "ppo", "tre-k")  # the others are as short, but many
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
-def rollout(seed: int = 0) -> Rollout:
-    """Groups interleaved and of different sizes, an empty response and one of a single token."""
-    draw = random.Random(seed)
-    groups, lengths = [0, 1, 2, 0, 1, 2, 0, 1, 2], [5, 3, 0, 1, 4, 6, 2, 5, 3]
-    prompts = [[draw.randrange(1000) for _ in range(length)] for length in (4, 7, 2)]
-    responses = [[draw.randrange(1000) for _ in range(length)] for length in lengths]
-    scores = [draw.choice([0.0, 0.5, 1.0]) for _ in groups]
-    old = [[-6.9 + draw.uniform(-0.5, 0.5) for _ in range(length)] for length in lengths]  # far from the trainer's
-    return worker.fixed_rollout(Sequences([prompts[group] for group in groups], responses, groups), scores, old)
-
-
-def prepared(name: str) -> Any:
-    """A method whose policy is not its reference and whose values are not 0."""
-    module = CASES[name]()
-    module.optimizer = worker.Recorder
-    module.max_grad_norm = None
-    module.configure_model()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
-    return module
-
-
-def doubled(module: Any) -> tuple[dict[str, Any], dict[int, Tensor]]:
-    """Models of the reference in float64, and their weights by the numbers of those in training."""
-    policy = deepcopy(module.policy).double()
-    parts = {"policy": policy.model, "frozen": None, "critic": None, "head": None}
-    pairs = list(zip(module.policy.parameters(), policy.parameters(), strict=True))
-    if module.needs_reference:
-        parts["frozen"] = deepcopy(policy.model.unload()) if policy.adapted else policy.frozen
-        parts["policy"] = deepcopy(module.policy.model).double() if policy.adapted else policy.model
-        pairs = list(zip(module.policy.model.parameters(), parts["policy"].parameters(), strict=True))
-    if isinstance(module, PPO):
-        copied = deepcopy(module.critic).double()
-        pairs += zip(module.critic.parameters(), copied.parameters(), strict=True)
-        separate = module.critic_config.kind == "separate"
-        parts |= {"critic": copied.model if separate else None, "head": copied.head if separate else copied}
-    return parts, {id(own): copy for own, copy in pairs}
-
-
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_and_gradients_are_those_of_loops(name: str, tmp_path: Path) -> None:
-    module = prepared(name)
-    parts, copies = doubled(module)
-    given = rollout()
-    reference = Update(module, rollout=given, **parts)
-    run = worker.fit_fixed(module, given, tmp_path)
-    records = run.optimizers[0].records  # type: ignore[attr-defined]
-    assert [len(rows) for rows in module.dealt] == [len(rows) for rows in module.dealt[:2]] * 2
-    assert len(records) == 4
-    logged = {key: float(value) for key, value in run.callback_metrics.items()}
-    assert 0 < logged["policy/clip_fraction"] < 0.9 or module.loss.importance is not None
-    assert logged.get("policy/dual_clip_fraction", 1) > 0
+    replay = Replay(CASES[name](), tmp_path)
+    assert [len(rows) for rows in replay.module.dealt] == [len(rows) for rows in replay.module.dealt[:2]] * 2
     losses = []
-    for rows, record in zip(module.dealt, records, strict=True):
-        for own, before, _ in record:
-            copies[id(own)].data.copy_(before)
-            copies[id(own)].grad = None
-        loss = reference.loss(rows)
-        loss.backward()
+    for rows, record in replay.steps():
+        loss = replay.reference.loss(rows)
+        replay.check(record, loss)
         losses.append(float(loss.detach()))
-        assert len(record) == sum(parameter.requires_grad for parameter in module.parameters())
-        everything = [(gradient.double(), copies[id(own)].grad) for own, _, gradient in record]
-        wanted = [torch.zeros_like(one) if other is None else other for one, other in everything]
-        whole = torch.cat([(one - other).flatten() for (one, _), other in zip(everything, wanted, strict=True)])
-        assert float(whole.norm()) < 2e-6 * float(torch.cat([other.flatten() for other in wanted]).norm())
-        for (one, _), other in zip(everything, wanted, strict=True):
-            assert float((one - other).abs().max()) < 1e-6 + 1e-4 * float(other.abs().max())
-    assert logged["policy/loss"] == pytest.approx(sum(losses) / 4, rel=1e-5, abs=1e-6)
+    assert replay.logged["policy/loss"] == pytest.approx(sum(losses) / 4, rel=1e-5, abs=1e-6)
+    assert 0 < replay.logged["policy/clip_fraction"] < 0.9 or replay.module.loss.importance is not None
+    assert replay.logged.get("policy/dual_clip_fraction", 1) > 0
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr grpo", pytest.param("tre-p", marks=pytest.mark.slow), "masked weights"])
@@ -153,7 +90,7 @@ def test_micro_batches_and_layout_change_nothing(name: str, tmp_path: Path) -> N
     """Also where the last chunk holds the empty response alone."""
     found = []
     for micro_tokens, layout in ((None, "sorted"), (1, "sorted"), (25, "sorted"), (None, "shared"), (1, "shared")):
-        module = prepared(name)
+        module = prepared(CASES[name]())
         module.update = UpdateConfig(1, 1, micro_tokens, layout)  # type: ignore[arg-type]
         run = worker.fit_fixed(module, rollout(), tmp_path)
         (record,) = run.optimizers[0].records  # type: ignore[attr-defined]

@@ -1,16 +1,25 @@
 """An update written as loops over responses and tokens, from the logits of whole models in float64."""
 
 import math
+import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import policy_worker as worker
 import torch
 from torch import Tensor
 
 from lit_core.backbones import text_model
+from lit_rl.methods.ppo import PPO
+from lit_rl.modules.layout import Sequences
 from lit_rl.modules.rollouts import Rollout
+
+Chosen = set[tuple[int, int]]
+Record = list[tuple[torch.nn.Parameter, Tensor, Tensor]]  # weights, their values before a step, their gradient
 
 
 @dataclass
@@ -122,13 +131,30 @@ class Update:
 
     # --- the loss of one optimizer step
 
-    def loss(self, rows: Sequence[int]) -> Tensor:
+    def loss(self, rows: Sequence[int], learned: Chosen | None = None, held: Chosen | None = None) -> Tensor:
+        """Loss of some rows.
+
+        Args:
+            rows: The mini-batch.
+            learned: Tokens ``(row, step)`` that the policy's loss is kept to: its mean is over them in forking, else
+                over all.
+            held: Tokens that are held near the old policy.
+        """
         kept = [row for row in rows if row in self.rows]
         logits = {row: self.logits(self.policy, row) for row in kept}
         policy, kl, bonus = {}, {}, []
         for row in kept:
             log_probs = self.log_probs(self.policy, row)
             policy[row] = self.policy_terms(row, log_probs)
+            for step, log_prob in enumerate(log_probs):
+                if held is not None and (row, step) in held:
+                    policy[row][step] = policy[row][step] + (log_prob - self.old[row][step]).abs()
+            if learned is not None:
+                steps = [step for step in range(len(log_probs)) if (row, step) in learned]
+                if self.module.exploration.kind == "forking":
+                    policy[row] = [policy[row][step] for step in steps]
+                else:
+                    policy[row] = [term if step in steps else term * 0 for step, term in enumerate(policy[row])]
             if self.reference and self.config.kl_in == "loss":
                 pairs = zip(log_probs, self.reference[row], strict=True)
                 kl[row] = [estimate_kl(p - q, self.config.kl) for p, q in pairs]
@@ -141,6 +167,19 @@ class Update:
         if self.head:
             total = total + self.value_term(kept)
         return total
+
+    def tokens(self, rows: Sequence[int]) -> list[tuple[tuple[int, int], float, float, float]]:
+        """``(row, step)``, entropy, log-probability and advantage of each token, under the present weights."""
+        found = []
+        with torch.no_grad():
+            for row in rows:
+                if row not in self.rows:
+                    continue
+                logs = self.logits(self.policy, row).log_softmax(-1)
+                for step, token in enumerate(self.rollout.sequences.responses[row]):
+                    entropy = -float((logs[step].exp() * logs[step]).sum())
+                    found.append(((row, step), entropy, float(logs[step, token]), self.advantages[row][step]))
+        return found
 
     def policy_terms(self, row: int, log_probs: Tensor) -> list[Tensor]:
         gaps = [p - q for p, q in zip(log_probs, self.old[row], strict=True)]
@@ -166,7 +205,10 @@ class Update:
         if how == "const_norm":
             constant = self.config.constant or len(rows) * self.module.rollout.max_tokens
             return torch.stack(everything).sum() / constant
-        sums = [torch.stack(row).sum() / (len(row) if how == "seq_mean_token_mean" else 1) for row in terms.values()]
+        sums = [
+            sum(row, torch.zeros(())) / (max(1, len(row)) if how == "seq_mean_token_mean" else 1)
+            for row in terms.values()
+        ]
         return torch.stack(sums).mean()
 
     def bonus(self, logits: Tensor) -> Tensor:
@@ -225,3 +267,76 @@ def rolled(rollout: Rollout, row: int) -> list[float]:
 
 def floats(values: Tensor) -> list[float]:
     return values.tolist()
+
+
+def rollout(seed: int = 0) -> Rollout:
+    """Groups interleaved and of different sizes, an empty response and one of a single token."""
+    draw = random.Random(seed)
+    groups, lengths = [0, 1, 2, 0, 1, 2, 0, 1, 2], [5, 3, 0, 1, 4, 6, 2, 5, 3]
+    prompts = [[draw.randrange(1000) for _ in range(length)] for length in (4, 7, 2)]
+    responses = [[draw.randrange(1000) for _ in range(length)] for length in lengths]
+    scores = [draw.choice([0.0, 0.5, 1.0]) for _ in groups]
+    old = [[-6.9 + draw.uniform(-0.5, 0.5) for _ in range(length)] for length in lengths]  # far from the trainer's
+    return worker.fixed_rollout(Sequences([prompts[group] for group in groups], responses, groups), scores, old)
+
+
+def prepared(module: Any) -> Any:
+    """A method whose policy is not its reference and whose values are not 0."""
+    module.optimizer = worker.Recorder
+    module.max_grad_norm = None
+    module.configure_model()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+class Replay:
+    """One update of a method, step by step beside the reference.
+
+    Args:
+        module: The method, as built.
+        folder: Where the trainer may write.
+    """
+
+    def __init__(self, module: Any, folder: Path) -> None:
+        self.module = prepared(module)
+        self.rollout = rollout()
+        models = {"policy": deepcopy(module.policy.model).double(), "frozen": None, "critic": None, "head": None}
+        pairs = list(zip(module.policy.model.parameters(), models["policy"].parameters(), strict=True))
+        if module.needs_reference:
+            adapted = module.policy.adapted
+            frozen = deepcopy(module.policy.model).unload() if adapted else deepcopy(module.policy.frozen)
+            models["frozen"] = frozen.double()
+        if isinstance(module, PPO):
+            critic: Any = deepcopy(module.critic).double()
+            pairs += zip(module.critic.parameters(), critic.parameters(), strict=True)
+            separate = module.critic_config.kind == "separate"
+            models |= {"critic": critic.model if separate else None, "head": critic.head if separate else critic}
+        self.copies = {id(own): copy for own, copy in pairs}
+        self.reference = Update(module, rollout=self.rollout, **models)
+        self.run = worker.fit_fixed(module, self.rollout, folder)
+        self.records: list[Record] = self.run.optimizers[0].records  # type: ignore[attr-defined]
+        self.logged = {key: float(value) for key, value in self.run.callback_metrics.items()}
+
+    def steps(self) -> Iterator[tuple[list[int], Record]]:
+        """Rows of each optimizer step and what it did, with the reference at the weights before it."""
+        assert len(self.records) == len(self.module.dealt)
+        for rows, record in zip(self.module.dealt, self.records, strict=True):
+            assert len(record) == sum(parameter.requires_grad for parameter in self.module.parameters())
+            for own, before, _ in record:
+                self.copies[id(own)].data.copy_(before)
+                self.copies[id(own)].grad = None
+            yield rows, record
+
+    def check(self, record: Record, loss: Tensor) -> None:
+        """Compare the gradients of a step with those of the reference's loss."""
+        loss.backward()
+        pairs = [(gradient.double(), self.copies[id(own)].grad) for own, _, gradient in record]
+        pairs = [(found, torch.zeros_like(found) if wanted is None else wanted) for found, wanted in pairs]
+        error = torch.cat([(found - wanted).flatten() for found, wanted in pairs]).norm()
+        assert float(error) < 2e-6 * float(torch.cat([wanted.flatten() for _, wanted in pairs]).norm())
+        for found, wanted in pairs:
+            assert float((found - wanted).abs().max()) < 1e-6 + 1e-4 * float(wanted.abs().max())

@@ -18,7 +18,9 @@ def test_groups_are_dealt_out_whole_and_once(mini_batches: int) -> None:
     assert len(dealt) == min(mini_batches, 5)
     assert sorted(row for rows in dealt for row in rows) == list(range(10))
     for rows in dealt:
-        assert all(groups.count(group) == sum(groups[row] == group for row in rows) for group in {groups[r] for r in rows})
+        assert all(
+            groups.count(group) == sum(groups[row] == group for row in rows) for group in {groups[r] for r in rows}
+        )
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 2  # a group more at most
 
 

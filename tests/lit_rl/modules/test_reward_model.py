@@ -162,14 +162,20 @@ def test_an_architecture_without_a_classifier(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21 on transformers 5.23
 def test_a_quantised_model_is_exported_as_an_adapter(tmp_path: Path) -> None:
+    from peft import AutoPeftModelForSequenceClassification
+
     model = built("tiny-qwen3", lora=Lora(r=4, dropout=0.0), quantization="nf4")
     with pytest.raises(InputError, match="cannot be merged"):
         model.save(tmp_path / "merged")
     expected = model.scores(TEXTS)
     model.save(tmp_path / "adapter", "adapter", "tiny-qwen3")
+    plain: Any = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=1).eval()
+    inputs = model.tokenizer(TEXTS[:4], padding=True, return_tensors="pt")
+    torch.testing.assert_close(plain(**inputs).logits[:, 0], expected[:4], atol=1e-5, rtol=0)
     again = RewardModel.load(tmp_path / "adapter").scores(TEXTS)
-    assert (again - expected).abs().max() < 0.1 * expected.std()  # merging rounds to the bits of the base
+    assert (again - expected).abs().max() < 0.5 * expected.std()  # merging rounds to the bits of the base
 
 
 def test_chunk_sizes_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,10 @@ def test_rewards_keep_their_places_and_preferences_need_a_judge() -> None:
 
 def test_slow_rewards_are_computed_in_workers() -> None:
     scorer = Scorer(workers=0)
-    problems = [Problem(0, "math", "", {"answer": "#### 4"}), Problem(1, "countdown_bare", "", {"numbers": [4], "target": 4})]
+    problems = [
+        Problem(0, "math", "", {"answer": "#### 4"}),
+        Problem(1, "countdown_bare", "", {"numbers": [4], "target": 4}),
+    ]
     assert scorer.rewards(problems, ["so \\boxed{4}", "4"]) == [1.0, 1.0]
     assert scorer.pool is not None
     scorer.close()
