@@ -17,12 +17,14 @@ from lit_core.progress import track
 from lit_core.samplers import HomogeneousBatchSampler, permutation
 from lit_rl.data.countdown import CountdownConfig, countdown_problems
 from lit_rl.modules.problems import Problem, ProblemBatch, PromptConfig
+from lit_rl.rewards.math import gold_answer
 from lit_rl.rewards.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 BUILT_IN = "countdown"
 HELD_OUT = (0.05, 200)  # share and most of the problems that are held out where no file is named for them
-SOLUTION_FIELDS = ("solution", "response", "completion")
+SOLUTION_FIELDS = ("solution", "response", "completion", "answer")
+MEASURED = 1000  # prompts tokenised at once
 
 
 class Collating(Protocol):
@@ -156,7 +158,11 @@ class PromptDataModule(LightningDataModule):
         module = self._module()
         collate, most = cast(Any, module.prompt_collator()), module.prompt.max_tokens
         problems = self.splits[split]
-        kept = [p for p in track(problems, "measuring prompts", unit="prompt") if len(collate.ids(p.prompt)) <= most]
+        kept = []
+        for start in track(range(0, len(problems), MEASURED), "measuring prompts", unit=f"{MEASURED} prompts"):
+            part = problems[start : start + MEASURED]
+            ids = collate.ids([problem.prompt for problem in part])
+            kept += [problem for problem, tokens in zip(part, ids, strict=True) if len(tokens) <= most]
         if len(kept) < len(problems):
             logger.warning("%d of %d prompts have more than %d tokens and are left out (%s)",
                            len(problems) - len(kept), len(problems), most, split)  # fmt: skip
@@ -231,6 +237,8 @@ class PromptDataModule(LightningDataModule):
         if not prompt.strip():
             raise InputError("is empty", field="prompt")
         solution = next((row[name] for name in SOLUTION_FIELDS if isinstance(row.get(name), str)), None)
+        if solution is not None and self.task == "math" and gold_answer(solution) == solution.strip():
+            solution = None  # the bare answer is no example of how to reason
         if solution is not None and self.path == BUILT_IN:
             solution = _spoken(self.task, solution)
         return Problem(number, self.task, prompt, row, solution)

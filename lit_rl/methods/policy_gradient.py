@@ -233,11 +233,11 @@ class PolicyGradient(PolicyMethod):
             parameter.grad = None
         norms = [clip_gradients(parameters, self.max_grad_norm) for parameters in self.clipped_apart()]
         totals.add("policy/grad_norm", norms[0])
-        if all(bool(norm.isfinite()) for norm in norms):
-            _step_uncounted(optimizer)
-        else:  # the same on every rank, as the norms are
+        if not all(bool(norm.isfinite()) for norm in norms):  # the same on every rank, as the norms are
             self.skipped += 1
             rank_zero_warn(f"update {self.global_step} was left out: its gradient is not finite")
+            optimizer.zero_grad()  # without gradients the step changes nothing
+        _step_uncounted(optimizer)
         optimizer.zero_grad()
 
     def chunk_loss(
@@ -379,8 +379,11 @@ class PolicyGradient(PolicyMethod):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if str(self.trainer.precision) == "16-mixed":
+        precision = str(self.trainer.precision)
+        if precision == "16-mixed":
             raise InputError("16-mixed scales gradients, which are checked and clipped here; use bf16-mixed")
+        if precision in ("16-true", "bf16-true"):
+            raise InputError(f"{precision} would keep log-probabilities in 16 bits; use 32-true and loading.dtype")
 
 
 def _renumbered(rollout: Rollout, first: int) -> Rollout:

@@ -26,13 +26,21 @@ class Problem:
     solution: str | None = None
 
 
-@dataclass
 class ProblemBatch:
-    """Problems with the token ids of their prompts, and of their solutions where they are to be imitated."""
+    """Problems with the token ids of their prompts, and of their solutions where they are to be imitated.
 
-    problems: list[Problem]
-    prompts: list[list[int]]
-    solutions: list[list[int]] = field(default_factory=list)
+    It is no dataclass: lightning would look for tensors in each of its problems, and refuses frozen ones.
+
+    Args:
+        problems: The problems.
+        prompts: Token ids of each prompt.
+        solutions: Token ids of each solution.
+    """
+
+    def __init__(
+        self, problems: list[Problem], prompts: list[list[int]], solutions: list[list[int]] | None = None
+    ) -> None:
+        self.problems, self.prompts, self.solutions = problems, prompts, solutions or []
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -75,15 +83,17 @@ class PromptCollator:
             raise InputError("the tokenizer has no chat template", field="prompt.chat_template")
         self.templated = has_template if config.chat_template is None else config.chat_template
 
-    def ids(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, ready for the response to follow."""
+    def ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts, ready for the response to follow."""
+        texts = [self._text(prompt) for prompt in prompts]
+        return self.tokenizer(texts, add_special_tokens=not self.templated)["input_ids"]  # a template has its own
+
+    def _text(self, prompt: str) -> str:
         if not self.templated:
-            text = f"{self.config.system}\n{prompt}" if self.config.system else prompt
-            return self.tokenizer(text, add_special_tokens=True)["input_ids"]
+            return f"{self.config.system}\n{prompt}" if self.config.system else prompt
         turns = [{"role": "system", "content": self.config.system}] if self.config.system else []
         turns.append({"role": "user", "content": prompt})
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has them
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     def solution_ids(self, problem: Problem) -> list[int]:
         """Token ids of a problem's solution, the end token included.
@@ -97,7 +107,7 @@ class PromptCollator:
         return [*ids, self.tokenizer.eos_token_id]
 
     def __call__(self, problems: Sequence[Problem]) -> ProblemBatch:
-        return ProblemBatch(list(problems), [self.ids(problem.prompt) for problem in problems])
+        return ProblemBatch(list(problems), self.ids([problem.prompt for problem in problems]))
 
 
 class DemonstrationCollator(PromptCollator):

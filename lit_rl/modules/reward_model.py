@@ -175,6 +175,8 @@ def build_reward_model(
     model = _classifier(inner, base or backbone, has_head, loading, tokenizer.pad_token_id)
     if base is not None:
         model = _merged(model, backbone)
+    if (lora is None or lora.r == 0) and _quantised(inner) is None:
+        model.requires_grad_(True)  # a merged adapter leaves its model frozen
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
     if max_length is not None and not 1 <= max_length <= positions:
         raise InputError(

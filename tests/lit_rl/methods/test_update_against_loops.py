@@ -45,9 +45,7 @@ CASES: dict[str, Any] = {
         LossConfig(reduction="seq_mean_token_mean", ratio="sequence_sum", clip_low=0.6, clip_high=2.0), estimator="rloo"
     ),
     "gspo": lambda: grpo(LossConfig(reduction="seq_mean_token_mean", ratio="sequence_mean")),
-    "reinforce++": lambda: grpo(
-        LossConfig(kl="k1", kl_in="reward", **KL), estimator="reinforce_pp", discount=0.9
-    ),
+    "reinforce++": lambda: grpo(LossConfig(kl="k1", kl_in="reward", **KL), estimator="reinforce_pp", discount=0.9),
     "reinforce++ baseline": lambda: grpo(LossConfig(kl="k3_st", **KL), estimator="reinforce_pp_baseline"),
     "truncated weights": lambda: grpo(LossConfig(importance="token", importance_high=1.2, importance_low=0.9)),
     "masked weights": lambda: grpo(LossConfig(importance="sequence", importance_how="mask", importance_high=1.5)),
@@ -56,15 +54,19 @@ CASES: dict[str, Any] = {
     "ppo": lambda: ppo(
         LossConfig(kl="k1", kl_in="reward", dual_clip=1.5, **KL), decay=0.9, critic=critic(clip=0.1), discount=0.95
     ),
-    "ppo, head": lambda: ppo(critic=critic(kind="head", clip=None, coefficient=0.3), exploration=exploration("entropy")),
-    "ppo, reference in the loss": lambda: ppo(LossConfig(reduction="seq_mean_token_mean", **KL), critic=critic(clip=0.02)),
+    "ppo, head": lambda: ppo(
+        critic=critic(kind="head", clip=None, coefficient=0.3), exploration=exploration("entropy")
+    ),
+    "ppo, reference in the loss": lambda: ppo(
+        LossConfig(reduction="seq_mean_token_mean", **KL), critic=critic(clip=0.02)
+    ),
     "tre-k": lambda: ppo(LossConfig(dual_clip=1.1), TRE, critic=critic(), exploration=exploration("tre_k", top_k=3)),
     "tre-p": lambda: ppo(method=TRE, critic=critic(), exploration=exploration("tre_p", top_p=0.4)),
     "tre-p, few": lambda: grpo(LossConfig(), exploration=exploration("tre_p", top_p=0.9, cap=6, scale="none")),
     "cool": lambda: grpo(
         LossConfig(kl="k3", **KL), exploration=exploration("entropy"), rollout=RolloutConfig(temperature=0.7, samples=2)
     ),
-}  # fmt: skip
+}
 
 
 QUICK = ("grpo", "dapo", "adapters", "ppo", "tre-k")  # the others are as short, but many

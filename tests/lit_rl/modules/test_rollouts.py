@@ -111,7 +111,7 @@ def test_rollouts_are_cut_and_put_together(policy: Policy) -> None:
 def test_prompts_and_solutions_become_tokens(policy: Policy) -> None:
     tokenizer = policy.tokenizer
     plain = PromptCollator(tokenizer, PromptConfig(system="be brief"))
-    assert plain.ids("1 2") == tokenizer("be brief\n1 2")["input_ids"]
+    assert plain.ids(["1 2", "3"]) == [tokenizer(f"be brief\n{text}")["input_ids"] for text in ("1 2", "3")]
     with pytest.raises(InputError, match="the tokenizer has no chat template"):
         PromptCollator(tokenizer, PromptConfig(chat_template=True))
     problems = [Problem(0, "preference", "one", solution="3"), Problem(1, "preference", "two")]
@@ -129,10 +129,10 @@ def test_a_chat_template_is_applied() -> None:
         "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
     )
-    found = PromptCollator(tokenizer, PromptConfig(system="be brief")).ids("1 2")
+    found = PromptCollator(tokenizer, PromptConfig(system="be brief")).ids(["1 2"])
     text = "<|im_start|>system: be brief<|im_end|><|im_start|>user: 1 2<|im_end|><|im_start|>assistant:"
-    assert found == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert PromptCollator(tokenizer, PromptConfig(chat_template=False)).ids("1 2") == tokenizer("1 2")["input_ids"]
+    assert found == [tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert PromptCollator(tokenizer, PromptConfig(chat_template=False)).ids(["1 2"]) == [tokenizer("1 2")["input_ids"]]
 
 
 def test_rewards_keep_their_places_and_preferences_need_a_judge() -> None:
