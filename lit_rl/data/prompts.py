@@ -234,8 +234,6 @@ class PromptDataModule(LightningDataModule):
 
     def _problem(self, row: dict[str, Any], number: int) -> Problem:
         prompt = TASKS[self.task].prompt(row)
-        if not prompt.strip():
-            raise InputError("is empty", field="prompt")
         solution = next((row[name] for name in SOLUTION_FIELDS if isinstance(row.get(name), str)), None)
         if solution is not None and self.task == "math" and gold_answer(solution) == solution.strip():
             solution = None  # the bare answer is no example of how to reason

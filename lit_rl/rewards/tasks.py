@@ -42,10 +42,12 @@ def field(row: Row, *names: str) -> Any:
     """Value of the first of several names that a row has.
 
     Raises:
-        InputError: It has none of them.
+        InputError: It has none of them, or an empty text.
     """
     for name in names:
         if row.get(name) is not None:
+            if isinstance(row[name], str) and not row[name].strip():
+                raise InputError("is empty", field=name)
             return row[name]
     raise InputError(f"is missing; the row has {', '.join(row) or 'no field'}", field=" or ".join(names))
 

@@ -26,7 +26,9 @@ def test_any_text_survives_a_round_trip(name: str) -> None:
 
 
 def test_ordinary_text_has_the_same_ids_in_every_preset() -> None:
-    ids = [preset_tokenizer(name).encode("the same words", add_special_tokens=False) for name in NAMES]
+    large = [name for name in NAMES if PRESETS[name].vocab_size == VOCAB_SIZE]
+    ids = [preset_tokenizer(name).encode("the same words", add_special_tokens=False) for name in large]
+    assert len(large) == 3
     assert ids[0] == ids[1] == ids[2]
     first, again = preset_tokenizer("tiny-qwen3").encode("vessel vessel")
     assert first == again
@@ -102,7 +104,9 @@ def test_each_call_gives_its_own_tokenizer() -> None:
 def test_unknown_names_are_errors() -> None:
     assert is_preset("tiny-bert")
     assert not is_preset("bert-base-uncased")
-    with pytest.raises(InputError, match="unknown preset 'tiny'; write one of tiny-qwen3, nano-qwen3, tiny-llama, tiny-bert"):
+    with pytest.raises(
+        InputError, match="unknown preset 'tiny'; write one of tiny-qwen3, nano-qwen3, tiny-llama, tiny-bert"
+    ):
         preset_tokenizer("tiny")
     with pytest.raises(InputError, match="Qwen3Config has no field 'layers'"):
         preset_config("tiny-qwen3", layers=2)
