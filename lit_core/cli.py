@@ -207,14 +207,14 @@ usage: python -m experiments.{spec.name} [verb] [flags]
 
   reproduce (default)    the method against its baselines: tables, plots, claims
     --arms main|all|NAMES  --seeds 0 1 2  --scale smoke|tiny|paper  --runs_dir DIR  --jobs N  --fresh
-  fit                    train, then evaluate on the test queries{stages}
+  fit                    train, then evaluate on the test split{stages}
   validate | test | predict
-                         evaluate, or write vectors; --ckpt_path FILE for a trained model
+                         evaluate, or write vectors or responses; --ckpt_path FILE for a trained model
   export --ckpt_path FILE --output DIR [--form merged|adapter]
 
 flags of fit, validate, test, predict (see `fit --help` for all):
-  --model.backbone ID    preset (tiny-qwen3, tiny-llama, tiny-bert), local folder, or hub id
+  --model.backbone ID    preset (tiny-qwen3, nano-qwen3, tiny-llama, tiny-bert), local folder, or hub id
   --model.lora.r 16      adapters        --model.quantization nf4|int8
-  --data.path PATH       world, a BEIR folder, a JSONL file, or a Hugging Face dataset id
+  --data.path PATH       the built-in data, a folder, a JSONL file, or a Hugging Face dataset id
   --trainer.max_steps N  --trainer.devices N  --trainer.strategy ddp
   --scale smoke|tiny|paper  --config FILE  --print_config  --ckpt_path FILE|last"""

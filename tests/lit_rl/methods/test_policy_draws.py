@@ -139,6 +139,10 @@ class Letters:
         """Nothing is open."""
 
 
+def quick(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -150,16 +154,16 @@ class Letters:
 )
 def test_policies_learn_what_is_rewarded(make: Callable[..., Any], tmp_path: Path) -> None:
     rollout = RolloutConfig(samples=8, max_tokens=6)
-    module = make(
-        rollout=rollout, update=UpdateConfig(mini_batches=2), optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3)
-    )
+    module = make(rollout=rollout, update=UpdateConfig(mini_batches=2), optimizer=quick)
     module.scorer, logged = Letters(), Logged()
     fit(module, tmp_path, 25, logged)
     rewards = [row["rollout/reward_mean"] for row in logged.rows]
     assert sum(rewards[:3]) / 3 < 0.7
+    print(rewards)
     assert sum(rewards[-3:]) / 3 > 0.95
 
 
+@pytest.mark.filterwarnings("ignore:You are using a custom batch sampler")  # it gives all rows
 def test_evaluation_is_the_same_at_every_batch_size(tmp_path: Path) -> None:
     module = build(GRPO, loss=LossConfig())
     run = worker.trainer(tmp_path, 1, limit_val_batches=1.0)
