@@ -9,7 +9,9 @@ import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 COMMAND = re.compile(r"python -m (experiments(?:\.\w+)?)(.*)")
-SMALL = ["--scale", "smoke", "--trainer.enable_progress_bar=false", "--data.world.documents=120"]
+POLICIES = ("sft", "grpo", "ppo", "tre", "reward_model")
+QUICK = ["--scale", "smoke", "--trainer.enable_progress_bar=false"]
+SMALL = [*QUICK, "--data.world.documents=120"]
 SMALL += [f"--data.world.{split}_questions={count}" for split, count in (("train", 100), ("dev", 10), ("test", 12))]
 
 
@@ -24,6 +26,7 @@ def test_every_command_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_CACHE", str(tmp_path / "cache"))
     seen = commands()
     assert len(seen) >= 9
     for module, args in seen:
@@ -31,7 +34,8 @@ def test_every_command_runs(
         if module == "experiments" or "--help" in args or not needs_data:
             more: list[str] = []
         else:
-            more = SMALL if args else [*SMALL, "--seeds", "0"]
+            more = QUICK if module.rpartition(".")[2] in POLICIES else SMALL
+            more = more if args else [*more, "--seeds", "0"]
         if module == "experiments":
             monkeypatch.setattr("sys.argv", ["experiments"])
             assert importlib.import_module("experiments.__main__").main() == 0

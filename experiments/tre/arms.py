@@ -124,6 +124,8 @@ def _trial_arm(setting: Setting, term: Term, needs: tuple[str, ...], coefficient
 
 
 def _grid(setting: Setting, term: Term) -> tuple[float, ...]:
+    if setting.scale == "smoke":
+        return GRID[:1]
     if not term.name.startswith("tre") or NO_SCALE in term.flags:
         return GRID
     factor = _factor(setting)
