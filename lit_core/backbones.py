@@ -231,6 +231,9 @@ def _pretrained(backbone: str, task: Task, config: BackboneConfig, quantization:
     if quantization is not None:
         from peft import prepare_model_for_kbit_training
 
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # evaluation packs the weights for such processors,
+                module.support_avx512bf16_for_cpu = False  # and training would go on with the packed ones
         with _peft_warnings():
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
     if base is not None:
@@ -238,6 +241,8 @@ def _pretrained(backbone: str, task: Task, config: BackboneConfig, quantization:
 
         with _peft_warnings():
             model = PeftModel.from_pretrained(model, backbone).merge_and_unload()
+        if quantization is None:
+            model.requires_grad_(True)  # peft has frozen it
     return text_model(model) if whole and task == "encoder" else model
 
 

@@ -16,7 +16,7 @@ from lit_core.loader import ResumableLoader, plain_loader
 from lit_core.progress import track
 from lit_core.samplers import HomogeneousBatchSampler, permutation
 from lit_rl.data.countdown import CountdownConfig, countdown_problems
-from lit_rl.modules.problems import Problem, ProblemBatch, PromptConfig
+from lit_rl.problems import Problem, ProblemBatch, PromptConfig
 from lit_rl.rewards.math import gold_answer
 from lit_rl.rewards.tasks import TASKS
 

@@ -15,8 +15,8 @@ from lit_rl.functional.advantages import Scale, token_rewards
 from lit_rl.methods.policy_gradient import PolicyGradient
 from lit_rl.modules.config import EvaluationConfig, ExplorationConfig, LossConfig, RolloutConfig, UpdateConfig
 from lit_rl.modules.experience import Experience
-from lit_rl.modules.problems import PromptConfig
 from lit_rl.modules.rollouts import Rollout
+from lit_rl.problems import PromptConfig
 
 Estimator = Literal["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 

@@ -32,9 +32,9 @@ from lit_rl.modules.config import EvaluationConfig, ExplorationConfig, LossConfi
 from lit_rl.modules.experience import Experience, Totals, deal_groups
 from lit_rl.modules.exploration import Exploration
 from lit_rl.modules.layout import Chunk, Sequences
-from lit_rl.modules.problems import ProblemBatch, PromptConfig
 from lit_rl.modules.rollouts import Rollout, collect, informative, joined
-from lit_rl.modules.surrogate import Surrogate
+from lit_rl.modules.surrogate import Surrogate, spread
+from lit_rl.problems import ProblemBatch, PromptConfig
 
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
 STATE_KEY = "lit_rl_state"
@@ -192,7 +192,9 @@ class PolicyGradient(PolicyMethod):
         totals.add("policy/entropy", -old, mask)  # an estimate: the mean of -log p over sampled tokens
         penalties = None
         if self.needs_reference:
-            experience.reference_log_probs = self._by_token(sequences, mask, self._reference, rollout.responses)
+            experience.reference_log_probs = self._by_token(
+                sequences, mask, self.policy.reference_log_probs, rollout.responses
+            )
             kl = divergence(old, experience.reference_log_probs, self.loss.kl)
             mean = masked_mean(kl, mask, summed)
             totals.add("policy/kl", kl, mask)
@@ -216,7 +218,7 @@ class PolicyGradient(PolicyMethod):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        chunks = self._chunks(experience.sequences, rows)
+        chunks = self._chunks(experience.sequences, self._with_gradient(experience, rows))
         selection = None
         if self.term.selects and self.exploration.scope == "batch":
             selection = self._select(experience, rows, seed)
@@ -255,6 +257,18 @@ class PolicyGradient(PolicyMethod):
             self.policy, states, chunk, experience, scale, selection, totals, seed, self.kl_coef, self.entropy_coef
         )
 
+    def learns_from_all(self) -> bool:
+        """Whether responses without an advantage have a gradient too."""
+        term = self.exploration.kind
+        return term not in ("none", "clip_higher") or (self.loss.kl_coef > 0 and self.loss.kl_in == "loss")
+
+    def _with_gradient(self, experience: Experience, rows: list[int]) -> list[int]:
+        """Rows that an update has to read: those of groups whose rewards are all equal have no gradient, mostly."""
+        if self.learns_from_all() or self.device_mesh is not None:  # sharded ranks read equally many chunks
+            return rows
+        needed = experience.advantages[torch.tensor(rows, device=self.device)].any(1).tolist()
+        return [row for row, some in zip(rows, needed, strict=True) if some]
+
     def resting(self) -> Iterable[torch.nn.Parameter]:
         """Parameters that this update leaves as they are."""
         return ()
@@ -283,13 +297,8 @@ class PolicyGradient(PolicyMethod):
         found = torch.zeros(mask.shape, device=mask.device)
         for chunk in self._chunks(sequences, list(range(len(mask)))):
             index = torch.tensor(chunk.rows, dtype=torch.long, device=mask.device)
-            part = torch.zeros(len(index), mask.shape[1], device=mask.device)
-            part[mask[index]] = compute(chunk, responses[index][mask[index]])
-            found[index] = part
+            found[index] = spread(compute(chunk, responses[index][mask[index]]), mask[index])
         return found
-
-    def _reference(self, chunk: Chunk, targets: Tensor) -> Tensor:
-        return self.policy.reference_log_probs(chunk, targets)
 
     def _log_probs_now(self, sequences: Sequences, responses: Tensor, mask: Tensor) -> Tensor:
         def compute(chunk: Chunk, targets: Tensor) -> Tensor:
@@ -310,9 +319,7 @@ class PolicyGradient(PolicyMethod):
             found = self.policy.log_probs(states, experience.responses[index][kept], self.term.needs_entropy)
             for whole, values in ((log_probs, found.log_probs), (entropies, found.entropy)):
                 if values is not None:
-                    part = torch.zeros(kept.shape, device=kept.device)
-                    part[kept] = values
-                    whole[index] = part
+                    whole[index] = spread(values, kept)
         return self.term.select(log_probs, entropies, experience.advantages, mask, seed)
 
     def _adapt_kl(self, kl: float, samples: int) -> None:
@@ -330,9 +337,11 @@ class PolicyGradient(PolicyMethod):
 
     def _log_rollout(self, drawn: Rollout, seconds: float) -> None:
         lengths = drawn.mask.sum(1).float()
-        rewards = torch.tensor(drawn.rewards, device=self.device)
-        self.log("rollout/reward_mean", rewards.mean(), prog_bar=True, sync_dist=True)
-        self.log("rollout/reward_std", rewards.std(correction=0), sync_dist=True)
+        rewards = torch.tensor(drawn.rewards, dtype=torch.float64, device=self.device)
+        sums = summed(torch.stack([torch.ones_like(rewards).sum(), rewards.sum(), rewards.square().sum()]))
+        mean, square = (sums[1:] / sums[0]).unbind()
+        self.log("rollout/reward_mean", mean.float(), prog_bar=True)
+        self.log("rollout/reward_std", (square - mean.square()).clamp(min=0).sqrt().float())
         self.log("rollout/length_mean", lengths.mean(), sync_dist=True)
         self.log("rollout/length_max", lengths.max(), reduce_fx="max", sync_dist=True)
         self.log("rollout/truncated", drawn.truncated.float().mean(), sync_dist=True)

@@ -15,9 +15,9 @@ from lit_core.sharding import gather_objects
 from lit_rl.modules.config import EvaluationConfig
 from lit_rl.modules.evaluation import DistributionHook, ProblemResult, merged, problem_results, tensor_metrics
 from lit_rl.modules.policy import Policy
-from lit_rl.modules.problems import ProblemBatch, PromptCollator, PromptConfig
 from lit_rl.modules.rollouts import draw, response_text
 from lit_rl.modules.scoring import Scorer
+from lit_rl.problems import ProblemBatch, PromptCollator, PromptConfig
 
 EVALUATION_SEED = 7_001  # the same draws at every evaluation: differences are the policy's
 

@@ -24,10 +24,10 @@ from lit_rl.modules.config import (
 )
 from lit_rl.modules.experience import Experience, Totals, rows_of
 from lit_rl.modules.layout import Chunk
-from lit_rl.modules.problems import PromptConfig
 from lit_rl.modules.rollouts import Rollout
 from lit_rl.modules.surrogate import Denominators, spread
 from lit_rl.modules.value import Critic, ValueHead
+from lit_rl.problems import PromptConfig
 
 
 class PPO(PolicyGradient):
@@ -108,6 +108,10 @@ class PPO(PolicyGradient):
     def resting(self) -> Iterable[nn.Parameter]:
         """The policy while the critic warms up: neither weight decay nor the states of a shared trunk may move it."""
         return self.policy.parameters() if self.global_step < self.critic_config.warmup else ()
+
+    def learns_from_all(self) -> bool:
+        """The value function does."""
+        return True
 
     def values(self, chunk: Chunk, states: Tensor | None = None) -> Tensor:
         """Values of the states before each response token of a chunk ``(N,)``; ``states`` are the policy's."""

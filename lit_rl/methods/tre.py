@@ -14,7 +14,7 @@ from lit_rl.modules.config import (
     RolloutConfig,
     UpdateConfig,
 )
-from lit_rl.modules.problems import PromptConfig
+from lit_rl.problems import PromptConfig
 
 
 class TRE(PPO):

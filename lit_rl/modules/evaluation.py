@@ -11,7 +11,7 @@ from lit_core.generation import Completion
 from lit_rl.functional.exploration import entropy, region_size, trust_region_entropy
 from lit_rl.functional.metrics import majority, pass_at_k, powers_up_to
 from lit_rl.modules.config import EvaluationConfig
-from lit_rl.modules.problems import Problem
+from lit_rl.problems import Problem
 from lit_rl.rewards.tasks import TASKS
 
 SOLVED = 1 - 1e-6  # rewards of verifiable tasks from here on count as right

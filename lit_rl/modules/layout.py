@@ -83,6 +83,8 @@ class Sequences:
             layout: ``auto`` takes the one that reads fewer tokens.
             equal: Every rank makes equally many chunks, as sharded models need; these are length-sorted.
         """
+        if not rows:
+            return []
         if equal:
             lengths = self._lengths(rows)
             plan, idle = plan_equal_chunks(lengths, budget, device)

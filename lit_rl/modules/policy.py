@@ -1,10 +1,12 @@
 """A causal language model as a policy: states before response tokens, their log-probabilities, a frozen reference."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_core.backbones import (
     BackboneConfig,
@@ -78,6 +80,18 @@ class Policy(nn.Module):
         for model in (self.model, *([self.frozen] if "frozen" in dict(self.named_children()) else [])):
             shard(text_model(model), mesh, transformer_blocks(model))
             tie_head(unwrap(model))
+
+    @contextmanager
+    def whole_head(self) -> Iterator[None]:
+        """Plain weights in the head inside the block: a tied one is sharded, but lies outside of what FSDP gathers."""
+        head = unwrap(self.model).get_output_embeddings()
+        sharded = head.weight
+        if isinstance(sharded, DTensor):
+            head.weight = nn.Parameter(full_tensor(sharded.detach()), requires_grad=False)
+        try:
+            yield
+        finally:
+            head.weight = sharded
 
     def states(self, chunk: Chunk, model: nn.Module | None = None) -> Tensor:
         """Hidden states before each response token of a chunk ``(N, D)``."""

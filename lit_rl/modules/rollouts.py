@@ -13,8 +13,8 @@ from lit_rl.functional.losses import overlong_penalty
 from lit_rl.modules.config import RolloutConfig
 from lit_rl.modules.layout import Sequences
 from lit_rl.modules.policy import Policy
-from lit_rl.modules.problems import Problem, ProblemBatch
 from lit_rl.modules.scoring import Scorer
+from lit_rl.problems import Problem, ProblemBatch
 
 
 @dataclass
@@ -89,7 +89,8 @@ def draw(
     """
     seeds = [mix_seed(seed, problem.id, number) for problem in batch.problems for number in range(samples)]
     engine = TorchEngine(policy.model, policy.tokenizer, kv_tokens)
-    return engine.generate(batch.prompts, params, samples, seeds, hook=hook)
+    with policy.whole_head():
+        return engine.generate(batch.prompts, params, samples, seeds, hook=hook)
 
 
 def sampling_params(config: RolloutConfig, end_ids: tuple[int, ...]) -> SamplingParams:

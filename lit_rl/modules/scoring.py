@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from lit_core.errors import InputError
-from lit_rl.modules.problems import Problem
+from lit_rl.problems import Problem
 from lit_rl.rewards.tasks import TASKS, prepare, reward
 from lit_rl.rewards.workers import RewardWorkers
 

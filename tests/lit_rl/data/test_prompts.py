@@ -9,7 +9,7 @@ from lit_core.errors import InputError
 from lit_core.presets import preset_tokenizer
 from lit_rl.data.countdown import CountdownConfig
 from lit_rl.data.prompts import PromptDataModule
-from lit_rl.modules.problems import DemonstrationCollator, PromptCollator, PromptConfig
+from lit_rl.problems import DemonstrationCollator, PromptCollator, PromptConfig
 
 SMALL = CountdownConfig(count=40, least_numbers=2, most_numbers=3, largest_number=9, largest_target=50)
 TEMPLATE = (

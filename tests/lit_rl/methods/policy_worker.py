@@ -2,7 +2,10 @@
 
 import json
 import os
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from lit_core.backbones import Lora
 from lit_core.callbacks.step_seed import StepSeed
 from lit_core.optim import Schedule
+from lit_core.samplers import permutation
+from lit_core.sharding import rank
 from lit_rl.data.prompts import PromptDataModule
-from lit_rl.modules.config import EvaluationConfig, RolloutConfig
+from lit_rl.methods.grpo import GRPO
+from lit_rl.methods.ppo import PPO
+from lit_rl.methods.sft import SFT
+from lit_rl.methods.tre import TRE
+from lit_rl.modules.config import (
+    CriticConfig,
+    EvaluationConfig,
+    ExplorationConfig,
+    LossConfig,
+    RolloutConfig,
+    UpdateConfig,
+)
 from lit_rl.modules.layout import Sequences
 from lit_rl.modules.rollouts import Rollout
 from lit_rl.rewards.tasks import TASKS, Task
@@ -51,19 +68,25 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def problems(folder: Path, count: int = 26) -> Path:
-    """A file of problems."""
-    path = folder / "problems.jsonl"
-    if not path.exists():
-        rows = [{"prompt": f"{'what follows ' * (number % 3)}{number}"} for number in range(count)]
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+def problems(folder: Path) -> Path:
+    """A folder with files of problems: 26 for training, six each for validation and test."""
+    path = folder / "problems"
+    path.mkdir(exist_ok=True)
+    for name, first, count in (("train", 0, 26), ("val", 30, 6), ("test", 40, 6)):
+        if (path / f"{name}.jsonl").exists():
+            continue
+        rows = [
+            {"prompt": f"{'what follows ' * (number % 3)}{number}", "solution": f"a {number * number}"}
+            for number in range(first, first + count)
+        ]
+        (path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return path
 
 
-def data(folder: Path, batch_size: int = 4, **settings: Any) -> PromptDataModule:
+def data(folder: Path, batch_size: int = 4) -> PromptDataModule:
     """The same global batches on any number of processes."""
-    size = batch_size // processes()
-    return PromptDataModule(str(problems(folder)), TASK, batch_size=size, eval_batch_size=8, **settings)
+    sizes = {"batch_size": batch_size // processes(), "eval_batch_size": batch_size // processes()}
+    return PromptDataModule(str(problems(folder)), TASK, **sizes)
 
 
 def trainer(folder: Path, steps: int, *callbacks: Callback, strategy: str = "auto", **settings: Any) -> Trainer:
@@ -92,11 +115,12 @@ class SaveAt(Callback):
     """Writes a checkpoint after a step."""
 
     def __init__(self, path: Path, step: int) -> None:
-        self.path, self.step = path, step
+        self.path, self.step, self.written = path, step, False
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step and not self.path.exists():
+        if trainer.global_step == self.step and not self.written:  # a batch may be drawn without a step
             trainer.save_checkpoint(self.path)
+            self.written = True
 
 
 class Logged(Callback):
@@ -164,3 +188,146 @@ def fit_fixed(module: Any, rollout: Rollout, folder: Path, **settings: Any) -> T
     loader: Any = torch.utils.data.DataLoader([0])  # type: ignore[arg-type]
     run.fit(module, loader, loader)
     return run
+
+
+FINE = UpdateConfig(epochs=2, micro_tokens=40)  # chunks of a row or two: ranks have different numbers of them
+WARM = CriticConfig(lr=0.05, warmup=1)
+KL = {"kl_coef": 0.05}
+FITS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "ddp grpo": ("ddp", lambda: build(GRPO, loss=LossConfig(reduction="seq_mean_token_mean", **KL), update=FINE)),
+    "ddp dr grpo": ("ddp", lambda: build(GRPO, scale="none", loss=LossConfig(reduction="const_norm"), update=FINE)),
+    "ddp batch deviation": ("ddp", lambda: build(GRPO, scale="batch", loss=LossConfig(), update=FINE)),
+    "ddp reinforce++": (
+        "ddp",
+        lambda: build(
+            GRPO,
+            estimator="reinforce_pp",
+            loss=LossConfig(kl="k1", kl_in="reward", kl_target=0.001, kl_horizon=50, **KL),
+            update=FINE,
+        ),
+    ),
+    "ddp adapters": ("ddp", lambda: build(GRPO, lora=Lora(r=4), loss=LossConfig(**KL), update=FINE)),
+    "ddp ppo": ("ddp", lambda: build(PPO, critic=WARM, decay=0.9, update=FINE)),
+    "ddp untied ppo": ("ddp", lambda: build(PPO, backbone="untied", critic=WARM, update=FINE)),
+    "ddp tre": ("ddp", lambda: build(TRE, critic=CriticConfig(kind="head", lr=0.05), update=FINE)),
+    "ddp adaptive entropy": (
+        "ddp",
+        lambda: build(
+            GRPO, loss=LossConfig(), update=FINE, exploration=ExplorationConfig(kind="adaptive_entropy", target=7.0)
+        ),
+    ),
+    "ddp sft": ("ddp", lambda: sft(micro_tokens=20)),
+    "fsdp grpo": ("fsdp", lambda: build(GRPO, loss=LossConfig(**KL), update=FINE)),
+    "fsdp untied grpo": ("fsdp", lambda: build(GRPO, backbone="untied", loss=LossConfig(**KL), update=FINE)),
+    "fsdp adapters": ("fsdp", lambda: build(GRPO, lora=Lora(r=4), loss=LossConfig(**KL), update=FINE)),
+    "fsdp ppo": ("fsdp", lambda: build(PPO, critic=WARM, update=FINE)),
+    "fsdp ppo, head": ("fsdp", lambda: build(PPO, critic=CriticConfig(kind="head", lr=0.05), update=FINE)),
+    "fsdp sft": ("fsdp", lambda: sft(micro_tokens=20)),
+}
+
+
+def sft(**settings: Any) -> Any:
+    return SFT("nano-qwen3", evaluation=EVALUATION, optimizer=sgd, schedule=FLAT, reward_workers=0, **settings)
+
+
+def fitted(build_one: Callable[..., Any], folder: Path, strategy: str, untied: str, steps: int = 3) -> dict[str, Any]:
+    """Weights after a fit, and what was logged."""
+    module = build_one()
+    module.backbone = untied if module.backbone == "untied" else module.backbone
+    run = fit(module, folder, steps, strategy=strategy)
+    of_a_rank = ("policy/ratio_max", "train/loss", "value/explained_variance")
+    by_rounding = ("value/clip_fraction",)  # at the first step of a batch values stand where they stood
+    logged = {
+        name: value.detach()
+        for name, value in run.callback_metrics.items()
+        if not name.startswith("time") and name not in (*of_a_rank, *by_rounding)
+    }
+    return {"weights": weights(module), "logged": logged, "steps": run.global_step}
+
+
+def resumed(name: str, folder: Path) -> dict[str, Any]:
+    """A fit of four steps, and its last two again from the checkpoint after the second."""
+    path = folder / f"{name}.ckpt"
+    strategy, build_one = FITS[name]
+    whole, again = build_one(), build_one()
+    fit(whole, folder, 4, SaveAt(path, 2), strategy=strategy)
+    fit(again, folder, 4, strategy=strategy, ckpt=path)
+    return {"weights": weights(whole), "resumed": weights(again)}
+
+
+def evaluated(folder: Path, strategy: str) -> dict[str, Any]:
+    """Metrics of an untrained policy, inside the loop and behind it, and its responses."""
+    module = build(GRPO, loss=LossConfig())
+    run = trainer(folder, 1, strategy=strategy, limit_val_batches=1.0)
+    metrics = {}
+    for verb in (run.validate, run.test):
+        verb(module, datamodule=data(folder), verbose=False)
+        metrics |= {name: value.detach() for name, value in run.callback_metrics.items()}
+    return {"metrics": metrics, "texts": {result.id: result.texts for result in module.results}}
+
+
+class Chosen:
+    """Different rewards for the responses to some problems."""
+
+    def __init__(self, folder: Path) -> None:
+        source = data(folder)
+        source.setup("fit")
+        order = permutation(26, 0, 0, 0)  # of the first epoch
+        train = source.splits["train"]
+        self.ids = {train[order[place]].id for place in (0, 2, 7)}  # of two: one on rank 0, two on rank 1
+
+    def rewards(self, problems: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        return [float(problem.id in self.ids and at % 2 == 0) for at, problem in enumerate(problems)]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def uneven(folder: Path, mini_batches: int) -> dict[str, Any]:
+    """Dynamic sampling that gives up with different numbers of groups on the ranks."""
+    module = build(
+        GRPO,
+        scale="none",
+        loss=LossConfig(reduction="const_norm"),
+        rollout=replace(ROLLOUT, dynamic=True, most_draws=2),
+        update=replace(FINE, mini_batches=mini_batches),
+    )
+    module.scorer = Chosen(folder)
+    run = fit(module, folder, 1, strategy="ddp")
+    return {"weights": weights(module), "steps": run.global_step, "rows": len(module.latest)}
+
+
+def scenarios(folder: Path, untied: str) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Everything that two processes must do as one does."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {
+        name: lambda one=one, strategy=strategy: fitted(one, folder, strategy, untied)
+        for name, (strategy, one) in FITS.items()
+    }
+    return found | {
+        "fsdp grpo resumed": lambda: resumed("fsdp grpo", folder),
+        "fsdp ppo resumed": lambda: resumed("fsdp ppo", folder),
+        "fsdp adapters resumed": lambda: resumed("fsdp adapters", folder),
+        "ddp ppo resumed": lambda: resumed("ddp ppo", folder),
+        "ddp evaluated": lambda: evaluated(folder, "ddp"),
+        "fsdp evaluated": lambda: evaluated(folder, "fsdp"),
+        "ddp uneven": lambda: uneven(folder, 1),
+        "ddp uneven, three steps": lambda: uneven(folder, 3),
+    }
+
+
+def main(folder: str, untied: str, *names: str) -> None:
+    """Run scenarios on this rank; the first one writes what came out."""
+    warnings.filterwarnings("ignore")  # advice of torch and lightning on tiny runs; the one-process runs have errors
+    torch.set_num_threads(1)
+    out = Path(folder)
+    known = scenarios(out, untied)
+    trainer(out, 1, strategy="ddp").strategy.setup_environment()  # the process group that all runs share
+    for name in names or known:
+        found = known[name]()
+        if rank() == 0:
+            torch.save(found, out / f"{name}.pt")
+            print("done", name, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -156,10 +156,12 @@ def test_policies_learn_what_is_rewarded(make: Callable[..., Any], tmp_path: Pat
     rollout = RolloutConfig(samples=8, max_tokens=6)
     module = make(rollout=rollout, update=UpdateConfig(mini_batches=2), optimizer=quick)
     module.scorer, logged = Letters(), Logged()
+    module.configure_model()
+    if module.lora.r > 0:  # rows of a frozen head as short as they are at first would prefer no token
+        module.policy.model.get_input_embeddings().weight.data.mul_(10)
     fit(module, tmp_path, 25, logged)
     rewards = [row["rollout/reward_mean"] for row in logged.rows]
     assert sum(rewards[:3]) / 3 < 0.7
-    print(rewards)
     assert sum(rewards[-3:]) / 3 > 0.95
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from update_in_loops import Replay, prepared, rollout
 
-from lit_core.backbones import Lora
+from lit_core.backbones import BackboneConfig, Lora
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.ppo import PPO
 from lit_rl.methods.tre import TRE
@@ -50,6 +50,7 @@ CASES: dict[str, Any] = {
     "truncated weights": lambda: grpo(LossConfig(importance="token", importance_high=1.2, importance_low=0.9)),
     "masked weights": lambda: grpo(LossConfig(importance="sequence", importance_how="mask", importance_high=1.5)),
     "mean weights": lambda: grpo(LossConfig(importance="sequence_mean", importance_high=1.05)),
+    "checkpointed": lambda: grpo(LossConfig(**KL), loading=BackboneConfig(gradient_checkpointing=True)),
     "adapters": lambda: grpo(LossConfig(kl="k3", **KL), lora=Lora(r=4, dropout=0.2)),
     "ppo": lambda: ppo(
         LossConfig(kl="k1", kl_in="reward", dual_clip=1.5, **KL), decay=0.9, critic=critic(clip=0.1), discount=0.95

@@ -17,8 +17,8 @@ from lit_rl.modules.evaluation import (
     tensor_metrics,
 )
 from lit_rl.modules.policy import Policy
-from lit_rl.modules.problems import Problem, ProblemBatch
 from lit_rl.modules.rollouts import draw
+from lit_rl.problems import Problem, ProblemBatch
 
 
 def brute_pass(rewards: list[float], k: int) -> float:

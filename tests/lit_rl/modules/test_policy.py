@@ -15,9 +15,9 @@ from lit_core.presets import preset_config, preset_tokenizer
 from lit_rl.functional.exploration import entropy, trust_region_entropy
 from lit_rl.modules.layout import Layout, Sequences
 from lit_rl.modules.policy import Policy
-from lit_rl.modules.problems import Problem, ProblemBatch
 from lit_rl.modules.rollouts import draw
 from lit_rl.modules.value import Critic, ValueHead
+from lit_rl.problems import Problem, ProblemBatch
 
 CPU = torch.device("cpu")
 DRAW = random.Random(3)

@@ -8,9 +8,9 @@ from lit_core.backbones import BackboneConfig, Lora
 from lit_core.errors import InputError
 from lit_rl.modules.config import ExplorationConfig, LossConfig, RolloutConfig, UpdateConfig
 from lit_rl.modules.policy import Policy
-from lit_rl.modules.problems import DemonstrationCollator, Problem, ProblemBatch, PromptCollator, PromptConfig
 from lit_rl.modules.rollouts import Rollout, collect, informative, joined, response_text
 from lit_rl.modules.scoring import Scorer
+from lit_rl.problems import DemonstrationCollator, Problem, ProblemBatch, PromptCollator, PromptConfig
 
 CPU = torch.device("cpu")
 PROBLEMS = [Problem(number, "preference", f"say {number}") for number in (4, 9, 2)]
