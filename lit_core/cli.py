@@ -193,7 +193,8 @@ def quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse 5 drops
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel that it does without
     chatter = ("does not have many workers", "Checkpoint directory .* exists", "dirpath has changed", "LeafSpec",
-               "smaller than the logging interval", "custom batch sampler .* for prediction", "ModelCheckpoint with manual optimization",
+               "smaller than the logging interval", "custom batch sampler .* for prediction",
+               "ModelCheckpoint with manual optimization",
                "args parameter is intended to run from within Python")  # fmt: skip
     for text in chatter:
         warnings.filterwarnings("ignore", message=f".*{text}.*")

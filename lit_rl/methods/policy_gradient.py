@@ -31,12 +31,12 @@ from lit_rl.methods.policy_method import PolicyMethod
 from lit_rl.modules.config import EvaluationConfig, ExplorationConfig, LossConfig, RolloutConfig, UpdateConfig
 from lit_rl.modules.experience import Experience, Totals, deal_groups
 from lit_rl.modules.exploration import Exploration
-from lit_rl.modules.layout import Chunk, Sequences
+from lit_rl.modules.layout import Chunk
+from lit_rl.modules.passes import Passes
 from lit_rl.modules.rollouts import Rollout, collect, informative, joined
-from lit_rl.modules.surrogate import Surrogate, spread
+from lit_rl.modules.surrogate import Surrogate
 from lit_rl.problems import ProblemBatch, PromptConfig
 
-CPU_TOKENS, GPU_TOKENS = 2048, 16384
 STATE_KEY = "lit_rl_state"
 HOPELESS = 20  # updates without a single group whose rewards differ, after which the user is told
 
@@ -110,6 +110,8 @@ class PolicyGradient(PolicyMethod):
             raise InputError("this backbone, or its attention, cannot share prompts", field="update.layout")
         self.term = Exploration(self.exploration, int(unwrap(self.policy.model).config.vocab_size))
         self.surrogate = Surrogate(self.loss, self.term, self.rollout)
+        sharded = self.device_mesh is not None
+        self.passes = Passes(self.policy, self.update.micro_tokens, self.update.layout, sharded)
 
     def advantages(self, rollout: Rollout, experience: Experience, penalties: Tensor | None) -> None:
         """Fill in the advantages of a batch, and returns where there is a value function.
@@ -181,7 +183,7 @@ class PolicyGradient(PolicyMethod):
         if recompute is None:
             recompute = self.policy_dtype != torch.float32 or self.trainer.precision != "32-true"
         if recompute or self.loss.importance is not None:
-            old = self._log_probs_now(sequences, rollout.responses, mask)
+            old = self.passes.log_probs(sequences, rollout.responses, mask)
             totals.add("rollout/log_prob_gap", (old - rollout.log_probs).abs(), mask)
         experience = Experience(sequences, rollout.responses, mask, old, torch.zeros_like(old))
         if self.loss.importance is not None:
@@ -192,9 +194,7 @@ class PolicyGradient(PolicyMethod):
         totals.add("policy/entropy", -old, mask)  # an estimate: the mean of -log p over sampled tokens
         penalties = None
         if self.needs_reference:
-            experience.reference_log_probs = self._by_token(
-                sequences, mask, self.policy.reference_log_probs, rollout.responses
-            )
+            experience.reference_log_probs = self.passes.reference_log_probs(sequences, rollout.responses, mask)
             kl = divergence(old, experience.reference_log_probs, self.loss.kl)
             mean = masked_mean(kl, mask, summed)
             totals.add("policy/kl", kl, mask)
@@ -218,10 +218,10 @@ class PolicyGradient(PolicyMethod):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        chunks = self._chunks(experience.sequences, self._with_gradient(experience, rows))
+        chunks = self.passes.chunks(experience.sequences, self._with_gradient(experience, rows), self.device)
         selection = None
         if self.term.selects and self.exploration.scope == "batch":
-            selection = self._select(experience, rows, seed)
+            selection = self.passes.select(self.term, experience, rows, seed)
         scale = self.surrogate.denominators(experience, rows, chunks, selection, self.update_constant(rows))
         whole = torch.zeros((), device=self.device)
         with self._no_sync():  # ranks may have different numbers of chunks
@@ -285,42 +285,6 @@ class PolicyGradient(PolicyMethod):
     def policy_dtype(self) -> torch.dtype:
         """Type of the policy's weights."""
         return next(self.policy.model.parameters()).dtype
-
-    def _chunks(self, sequences: Sequences, rows: list[int]) -> list[Chunk]:
-        budget = self.update.micro_tokens or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
-        layout = self.update.layout if self.policy.shares_prompts else "sorted"
-        return sequences.chunks(rows, budget, self.device, layout, self.device_mesh is not None)
-
-    @torch.no_grad()
-    def _by_token(self, sequences: Sequences, mask: Tensor, compute: Any, responses: Tensor) -> Tensor:
-        """``compute(chunk, targets)`` of all rows, put together ``(B, T)``."""
-        found = torch.zeros(mask.shape, device=mask.device)
-        for chunk in self._chunks(sequences, list(range(len(mask)))):
-            index = torch.tensor(chunk.rows, dtype=torch.long, device=mask.device)
-            found[index] = spread(compute(chunk, responses[index][mask[index]]), mask[index])
-        return found
-
-    def _log_probs_now(self, sequences: Sequences, responses: Tensor, mask: Tensor) -> Tensor:
-        def compute(chunk: Chunk, targets: Tensor) -> Tensor:
-            return self.policy.log_probs(self.policy.states(chunk), targets).log_probs
-
-        return self._by_token(sequences, mask, compute, responses)
-
-    @torch.no_grad()
-    def _select(self, experience: Experience, rows: list[int], seed: int) -> Any:
-        """Tokens chosen over the whole mini-batch, under the weights before its step."""
-        mask = torch.zeros_like(experience.mask)
-        mask[torch.tensor(rows, device=mask.device)] = experience.mask[torch.tensor(rows, device=mask.device)]
-        log_probs, entropies = torch.zeros_like(experience.old_log_probs), torch.zeros_like(experience.old_log_probs)
-        for chunk in self._chunks(experience.sequences, rows):
-            index = torch.tensor(chunk.rows, dtype=torch.long, device=mask.device)
-            kept = experience.mask[index]
-            states = self.policy.states(chunk)
-            found = self.policy.log_probs(states, experience.responses[index][kept], self.term.needs_entropy)
-            for whole, values in ((log_probs, found.log_probs), (entropies, found.entropy)):
-                if values is not None:
-                    whole[index] = spread(values, kept)
-        return self.term.select(log_probs, entropies, experience.advantages, mask, seed)
 
     def _adapt_kl(self, kl: float, samples: int) -> None:
         if self.loss.kl_target is not None:

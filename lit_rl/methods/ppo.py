@@ -121,7 +121,7 @@ class PPO(PolicyGradient):
 
     def advantages(self, rollout: Rollout, experience: Experience, penalties: Tensor | None) -> None:
         mask = rollout.mask
-        values = self._by_token(rollout.sequences, mask, lambda chunk, _: self.values(chunk), rollout.responses)
+        values = self.passes.by_token(rollout.sequences, rollout.responses, mask, lambda chunk, _: self.values(chunk))
         found = gae(token_rewards(rollout.scores, mask, penalties, 1.0), values, mask, self.discount, self.decay)
         experience.values, experience.returns = values, found.returns
         experience.advantages = whiten(found.advantages, mask, reduce=summed)

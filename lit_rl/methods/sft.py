@@ -15,9 +15,8 @@ from lit_core.sharding import full_tensor, share_of_mean
 from lit_rl.methods.policy_method import PolicyMethod
 from lit_rl.modules.config import EvaluationConfig
 from lit_rl.modules.layout import Sequences
+from lit_rl.modules.passes import CPU_TOKENS, GPU_TOKENS
 from lit_rl.problems import DemonstrationCollator, ProblemBatch, PromptConfig
-
-CPU_TOKENS, GPU_TOKENS = 2048, 16384
 
 
 class SFT(PolicyMethod):
