@@ -15,7 +15,7 @@ from lit_core.files import read_json, write_json
 from lit_core.reproduce import Arm, ArmContext, Claim, Experiment, write_results
 from lit_core.setting import Setting
 
-GRID = (0.003, 0.01, 0.03)
+GRID = (0.01, 0.03, 0.1)
 TUNING_SEED = 1000
 TABULAR = "tabular"
 KIND, COEFFICIENT = "--model.exploration.kind", "--model.exploration.coefficient"

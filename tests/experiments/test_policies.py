@@ -158,7 +158,7 @@ def test_tre_reproduces_with_its_tabular_part(tmp_path: Path, monkeypatch: pytes
     report = json.loads((tmp_path / "tre" / "report.json").read_text())
     arms = {arm["name"]: arm for arm in report["arms"]}
     assert list(arms) == ["sft", "none", "entropy", "tre_k", "tre_p"]
-    assert arms["tre_k"]["metrics"]["coefficient"]["mean"] == 0.003
+    assert arms["tre_k"]["metrics"]["coefficient"]["mean"] == 0.01
     assert (tmp_path / "tre" / "tabular" / "seed0" / "tabular.md").is_file()
     assert any("tabular" in note for note in report["notes"])
 
