@@ -235,10 +235,12 @@ class PolicyGradient(PolicyMethod):
             parameter.grad = None
         norms = [clip_gradients(parameters, self.max_grad_norm) for parameters in self.clipped_apart()]
         totals.add("policy/grad_norm", norms[0])
-        if not all(bool(norm.isfinite()) for norm in norms):  # the same on every rank, as the norms are
+        finite = all(bool(norm.isfinite()) for norm in norms)  # the same on every rank, as the norms are
+        if not finite:
             self.skipped += 1
             rank_zero_warn(f"update {self.global_step} was left out: its gradient is not finite")
-            optimizer.zero_grad()  # without gradients the step changes nothing
+        if not finite or not any(bool(norm) for norm in norms):
+            optimizer.zero_grad()  # then the step changes nothing: neither momentum nor decay
         _step_uncounted(optimizer)
         optimizer.zero_grad()
 
@@ -301,11 +303,11 @@ class PolicyGradient(PolicyMethod):
 
     def _log_rollout(self, drawn: Rollout, seconds: float) -> None:
         lengths = drawn.mask.sum(1).float()
-        rewards = torch.tensor(drawn.rewards, dtype=torch.float64, device=self.device)
-        sums = summed(torch.stack([torch.ones_like(rewards).sum(), rewards.sum(), rewards.square().sum()]))
-        mean, square = (sums[1:] / sums[0]).unbind()
-        self.log("rollout/reward_mean", mean.float(), prog_bar=True)
-        self.log("rollout/reward_std", (square - mean.square()).clamp(min=0).sqrt().float())
+        rewards = torch.tensor(drawn.rewards, device=self.device)
+        count, total = summed(torch.stack([torch.ones_like(rewards).sum(), rewards.sum()]))
+        variance = summed((rewards - total / count).square().sum()) / count
+        self.log("rollout/reward_mean", total / count, prog_bar=True)
+        self.log("rollout/reward_std", variance.sqrt())
         self.log("rollout/length_mean", lengths.mean(), sync_dist=True)
         self.log("rollout/length_max", lengths.max(), reduce_fx="max", sync_dist=True)
         self.log("rollout/truncated", drawn.truncated.float().mean(), sync_dist=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_core.samplers import permutation
+from lit_core.sharding import gather_objects
 from lit_rl.functional.masking import Reduce
 from lit_rl.modules.layout import Sequences
 
@@ -89,10 +90,12 @@ class Totals:
 
     def means(self, reduce: Reduce) -> dict[str, Tensor]:
         """Means over everything on all ranks; largest values are those of this rank."""
-        names = sorted(self.sums)
+        names = sorted(set[str]().union(*gather_objects(list(self.sums))))  # a rank may have read nothing
         if not names:
             return dict(self.largest)
-        both = reduce(torch.stack([torch.stack([self.sums[name], self.counts[name]]) for name in names]))
+        none = torch.zeros((), device=self.device)
+        pairs = [torch.stack([self.sums.get(name, none), self.counts.get(name, none)]) for name in names]
+        both = reduce(torch.stack(pairs))
         return {name: pair[0] / pair[1].clamp(min=1) for name, pair in zip(names, both, strict=True)} | self.largest
 
 

@@ -233,7 +233,11 @@ def test_the_model_comes_back_as_it_was(generic: bool) -> None:
     assert [module.training for module in model.modules()] == modes
     model.eval()
     assert texts(found) == texts(rollouts.generate([[1, 2, 3]], params, samples=3))  # no dropout in the first
-    assert all(parameter.grad is None for parameter in model.parameters())
+    model.train()
+    assert not found[0].log_probs.is_inference()  # a loss may use them
+    ids = torch.tensor([[1, 2, 3]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _broken(logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:

@@ -267,14 +267,13 @@ def evaluated(folder: Path, strategy: str) -> dict[str, Any]:
 
 
 class Chosen:
-    """Different rewards for the responses to some problems."""
+    """Different rewards for the responses to the problems at some places of the first epoch."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *places: int) -> None:
         source = data(folder)
         source.setup("fit")
-        order = permutation(26, 0, 0, 0)  # of the first epoch
-        train = source.splits["train"]
-        self.ids = {train[order[place]].id for place in (0, 2, 7)}  # of two: one on rank 0, two on rank 1
+        order = permutation(26, 0, 0, 0)
+        self.ids = {source.splits["train"][order[place]].id for place in places}
 
     def rewards(self, problems: Sequence[Any], responses: Sequence[str]) -> list[float]:
         return [float(problem.id in self.ids and at % 2 == 0) for at, problem in enumerate(problems)]
@@ -292,9 +291,17 @@ def uneven(folder: Path, mini_batches: int) -> dict[str, Any]:
         rollout=replace(ROLLOUT, dynamic=True, most_draws=2),
         update=replace(FINE, mini_batches=mini_batches),
     )
-    module.scorer = Chosen(folder)
+    module.scorer = Chosen(folder, 0, 2, 7)  # of two batches of four: one on rank 0, two on rank 1
     run = fit(module, folder, 1, strategy="ddp")
-    return {"weights": weights(module), "steps": run.global_step, "rows": len(module.latest)}
+    return {"weights": weights(module), "steps": run.global_step}
+
+
+def dull(folder: Path) -> dict[str, Any]:
+    """Batches without a signal between others: on one rank, on both."""
+    module = build(GRPO, loss=LossConfig(), update=FINE, optimizer=adam)
+    module.scorer = Chosen(folder, 0, 2, 4, 12)
+    run = fit(module, folder, 4, strategy="ddp")
+    return {"weights": weights(module), "steps": run.global_step}
 
 
 def scenarios(folder: Path, untied: str) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -310,6 +317,7 @@ def scenarios(folder: Path, untied: str) -> dict[str, Callable[[], dict[str, Any
         "ddp ppo resumed": lambda: resumed("ddp ppo", folder),
         "ddp evaluated": lambda: evaluated(folder, "ddp"),
         "fsdp evaluated": lambda: evaluated(folder, "fsdp"),
+        "ddp dull": lambda: dull(folder),
         "ddp uneven": lambda: uneven(folder, 1),
         "ddp uneven, three steps": lambda: uneven(folder, 3),
     }

@@ -85,6 +85,12 @@ def test_evaluation_is_that_of_one_process(runs: Runs, strategy: str) -> None:
     same(two["metrics"], one["metrics"], tolerance=1e-5)
 
 
+def test_batches_without_a_signal_move_no_weight(runs: Runs) -> None:
+    """Neither momentum nor decay, on any number of processes."""
+    two, one = runs("ddp dull")
+    same(two["weights"], one["weights"], tolerance=2e-5)  # Adam turns rounding into steps
+
+
 def test_ranks_with_different_numbers_of_groups_go_on_together(runs: Runs) -> None:
     """Rank 0 has one group, rank 1 two; divided by what all of them would have in tokens."""
     two, one = runs("ddp uneven")

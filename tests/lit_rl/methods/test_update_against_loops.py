@@ -104,3 +104,28 @@ def test_micro_batches_and_layout_change_nothing(name: str, tmp_path: Path) -> N
         assert float((gradient - expected).norm()) < 1e-6 * float(expected.norm())
         for key in ("policy/loss", "policy/approx_kl", "policy/clip_fraction", "policy/ratio_max", "policy/grad_norm"):
             assert float(metrics[key]) == pytest.approx(float(logged[key]), rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["dapo", "dr grpo", "grpo"])
+def test_groups_without_a_gradient_are_not_read(name: str, tmp_path: Path) -> None:
+    """Nothing else changes; with a divergence in the loss they have a gradient."""
+    found, read = [], []
+    for everything in (False, True):
+        module = prepared(CASES[name]())
+        given, chunk_loss = rollout(), module.chunk_loss
+        for row in (1, 4, 7):  # a group
+            given.scores[row] = given.rewards[row] = 0.5
+        if everything:
+            module.learns_from_all = lambda: True
+        rows: list[int] = []
+        module.chunk_loss = lambda chunk, *rest, rows=rows, call=chunk_loss: (
+            rows.extend(chunk.rows) or call(chunk, *rest)
+        )
+        run = worker.fit_fixed(module, given, tmp_path)
+        records = run.optimizers[0].records  # type: ignore[attr-defined]
+        found.append([torch.cat([gradient.flatten() for _, _, gradient in record]) for record in records])
+        read.append(sorted(rows))
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm()) < 1e-6 * float(other.norm())
+    assert read[1] == sorted([*range(9)] * 2)
+    assert ({1, 4, 7} & set(read[0]) == set()) == (name != "grpo")
