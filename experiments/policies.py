@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,14 +118,22 @@ def train(
     context: ArmContext,
     flags: Sequence[str],
     start: str = START,
-    extra: Mapping[str, float] | None = None,
+    extra: Callable[[Any], Mapping[str, float]] | None = None,
 ) -> None:
-    """Fit a policy from its start, evaluate it on the test problems, and write results and curves."""
+    """Fit a policy from its start, evaluate it on the test problems, and write results and curves.
+
+    Args:
+        setting: Of the experiment.
+        context: The arm.
+        flags: Of its fit.
+        start: Name of the arm that it begins from.
+        extra: Further metrics of the fitted run.
+    """
     cli = setting.fit(context.folder / "fit", context.seed, [*backbone_flags(context, start), *flags])
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     path = cli.folder / "curves.json"
     write_json(context.folder / "curves.json", read_json(path) if path.exists() else {})
-    finish(context, cli, extra)
+    finish(context, cli, extra(cli) if extra else None)
 
 
 def _cost(cli: ExperimentCLI) -> dict[str, float]:

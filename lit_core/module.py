@@ -1,5 +1,6 @@
 """What every method's LightningModule shares: optimiser, schedule, clipping, checkpoints that know their method."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -7,6 +8,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lit_core.errors import InputError
@@ -44,6 +46,11 @@ class Method(LightningModule):
             InputError: The method has nothing to export in this form.
         """
         raise InputError(f"{type(self).__name__} has nothing to export")
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backward passes inside do not reduce gradients, as DDP would at each one; ``average_gradients`` follows."""
+        model = self.trainer.strategy.model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(parameter_groups(self))

@@ -52,7 +52,7 @@ TERMS = (
     Term("adaptive_entropy", "PPO + adaptive entropy", (f"{KIND}=adaptive_entropy", f"{COEFFICIENT}=0.0")),
     Term("forking", "forking tokens", (f"{KIND}=forking",)),
     Term("kl_cov", "KL-Cov", (f"{KIND}=kl_cov",)),
-    Term("clip_cov", "Clip-Cov", (f"{KIND}=clip_cov",)),
+    Term("clip_cov", "Clip-Cov", (f"{KIND}=clip_cov", "--model.loss.clip_low=1.0", "--model.loss.clip_high=1.0")),
     Term("clip_higher", "clip-higher", (f"{KIND}=clip_higher",)),
 )
 
@@ -102,11 +102,9 @@ def _term_arms(setting: Setting, term: Term, needs: tuple[str, ...], tuning: boo
 
     def run(context: ArmContext) -> None:
         flags = [*term.flags]
-        coefficient = 0.0
         if names:
-            coefficient = _best(context, names)
-            flags.append(f"{COEFFICIENT}={coefficient}")
-        train(setting, context, flags, extra={"coefficient": coefficient})
+            flags.append(f"{COEFFICIENT}={_best(context, names)}")
+        train(setting, context, flags, extra=lambda cli: {"coefficient": cli.model.entropy_coef if term.tuned else 0.0})
 
     return [*trials, Arm(term.name, term.title, run, main=term.main, needs=(*needs, *names))]
 

@@ -1,12 +1,9 @@
 """Dense retrieval: a bi-encoder trained with InfoNCE over in-batch and hard negatives, on any number of devices."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from lit_core.backbones import BackboneConfig, Lora, Quantization
 from lit_core.errors import InputError
@@ -86,7 +83,7 @@ class Dense(Retriever):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
         optimizer.zero_grad()
-        with self._no_sync():
+        with self.no_sync():
             loss = cached_backward(
                 self.encoder, batch.tokens, lambda vectors: self.contrastive_loss(vectors, batch), self.manual_backward
             )
@@ -142,7 +139,3 @@ class Dense(Retriever):
 
     def pair_loss(self, batch: PairBatch) -> Tensor:
         return self.contrastive_loss(self.encoder(batch.tokens), batch)
-
-    def _no_sync(self) -> AbstractContextManager[None]:
-        model = self.trainer.strategy.model
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -1,13 +1,13 @@
 """Problems for training and evaluating a policy: built-in Countdown, JSONL files, Hugging Face datasets."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_core.datasets import load_rows
 from lit_core.errors import InputError
@@ -48,6 +48,28 @@ class ProblemDataset(Dataset[Problem]):
 
     def __getitem__(self, key: tuple[int, int, int]) -> Problem:
         return self.problems[key[1]]
+
+
+class EvaluationSampler(Sampler[list[tuple[int, int, int]]]):
+    """Batches of all rows in order, dealt to the ranks; the last rows are repeated where they do not come out even.
+
+    Args:
+        size: Rows.
+        batch_size: Rows of a batch.
+        rank: This process's rank.
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
+        rows = list(range(size)) + [size - 1] * (-size % world_size)
+        own = [(0, row, 0) for row in rows[rank::world_size]]
+        self.batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        return iter(self.batches)
 
 
 class PromptDataModule(LightningDataModule):
@@ -131,7 +153,9 @@ class PromptDataModule(LightningDataModule):
         if collate is not None and all(problem.solution is None for problem in self.splits["train"]):
             raise InputError(f"no row has a solution to imitate ({', '.join(SOLUTION_FIELDS)})", self.path)
         dataset = ProblemDataset(self._short_enough("train"))
-        sampler = self._sampler(dataset, self.batch_size, train=True)
+        rank, ranks = self._ranks()
+        whole = len(dataset) >= self.batch_size * ranks
+        sampler = HomogeneousBatchSampler([len(dataset)], self.batch_size, self.seed, rank, ranks, drop_last=whole)
         return ResumableLoader(dataset, sampler, collate or module.prompt_collator(), self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -145,7 +169,7 @@ class PromptDataModule(LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         dataset = ProblemDataset(self._short_enough(split))
-        sampler = self._sampler(dataset, self.eval_batch_size, train=False)
+        sampler = EvaluationSampler(len(dataset), self.eval_batch_size, *self._ranks())
         return plain_loader(dataset, sampler, self._module().prompt_collator(), self.num_workers)
 
     def _module(self) -> Collating:
@@ -170,12 +194,9 @@ class PromptDataModule(LightningDataModule):
             raise InputError(f"every prompt has more than {most} tokens; raise --model.prompt.max_tokens", self.path)
         return kept
 
-    def _sampler(self, dataset: ProblemDataset, batch_size: int, train: bool) -> HomogeneousBatchSampler:
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        whole = train and len(dataset) >= batch_size * ranks
-        return HomogeneousBatchSampler(
-            [len(dataset)], batch_size, self.seed, rank, ranks, drop_last=whole, shuffle=train
-        )
+    def _ranks(self) -> tuple[int, int]:
+        """This process's rank and the number of ranks."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _built_in(self) -> dict[str, list[Problem]]:
         if not self.task.startswith("countdown"):

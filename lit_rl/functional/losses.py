@@ -176,7 +176,7 @@ def value_loss(
     free = (values - returns).square()
     if clip is None:
         return ValueLoss(torch.where(mask, free / 2, 0.0), torch.zeros_like(mask))
-    held = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    held = (values.clamp(old_values - clip, old_values + clip) - returns).square()
     return ValueLoss(torch.where(mask, torch.maximum(free, held) / 2, 0.0), (held > free) & mask)
 
 

@@ -8,7 +8,6 @@ of the seed and of that count, so that a resumed run repeats them.
 
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lit_core.backbones import BackboneConfig, Lora, Quantization, unwrap
@@ -224,7 +222,7 @@ class PolicyGradient(PolicyMethod):
             selection = self.passes.select(self.term, experience, rows, seed)
         scale = self.surrogate.denominators(experience, rows, chunks, selection, self.update_constant(rows))
         whole = torch.zeros((), device=self.device)
-        with self._no_sync():  # ranks may have different numbers of chunks
+        with self.no_sync():  # ranks may have different numbers of chunks
             for chunk in chunks:
                 loss = world_size() * self.chunk_loss(chunk, experience, scale, selection, totals, seed)
                 self.manual_backward(loss)  # a rank's gradient is that of its share of the loss; their mean is taken
@@ -313,10 +311,6 @@ class PolicyGradient(PolicyMethod):
         self.log("rollout/truncated", drawn.truncated.float().mean(), sync_dist=True)
         self.log("time/rollout_s", seconds)
         self.log("time/rollout_tokens_per_s", float(lengths.sum()) / seconds)
-
-    def _no_sync(self) -> AbstractContextManager[None]:
-        model = self.trainer.strategy.model
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def _count_step(self) -> None:
         """Count one step for the trainer, and move the learning rate on."""

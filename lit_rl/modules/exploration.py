@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_core.lm_head import TokenLogProbs, Truncation
@@ -34,6 +35,10 @@ class Exploration:
         self.selects = kind in ("forking", "kl_cov", "clip_cov")
         self.needs_entropy = self.by_entropy or kind == "forking"
         self.truncation: Truncation | None = None
+        if kind == "tre_k" and config.top_k == 1:
+            rank_zero_warn(
+                "a region of one token has no entropy: top_k 1 stands for the min-entropy, as its authors have it"
+            )
         if kind == "tre_k" and active:
             self.truncation = Truncation(top_k=config.top_k, mass_preserving=config.mass_preserving)
         elif kind == "tre_p" and active:
