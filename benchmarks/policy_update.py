@@ -17,6 +17,7 @@ length-sorted chunks, and behind prompts that a group shares.
 
 import argparse
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -38,7 +39,7 @@ PEERS = {"log-probs": ("full logits", "TRL on logits", "TRL's fused head"), "TRE
 PEERS |= {"entropy": PEERS["log-probs"], "TRE-P 0.99": PEERS["TRE-K 2"]}
 TOLERANCE = 1e-4
 MEMORY_TARGET = 4096.0  # MiB of the whole process, with many tokens
-GROWTH_TARGET = 4.0  # bytes that a further token costs, over those of its hidden state (and its gradient: 2)
+TOKEN_TARGET = 0.02  # memory that a further token costs, as a share of its logits; state and gradient are 0.012
 
 SAMPLES, LONGEST, ENDS_ONE_IN = 8, 96, 24
 PROMPTS = {"8-120": (8, 120), "200-400": (200, 400)}
@@ -204,7 +205,6 @@ def many_tokens(term: str, width: int, few: float, threads: int) -> dict[str, An
     """Ours with many tokens; ``few`` are the MiB that it adds with :data:`TOKENS`."""
     found = in_a_fresh_process((term, "ours", MANY_TOKENS, width, ""), threads)
     growth = (found["memory"] - few) * 2**20 / (MANY_TOKENS - TOKENS)
-    states = growth / (4 * width)
     return {
         "term": term,
         "tokens": MANY_TOKENS,
@@ -212,9 +212,10 @@ def many_tokens(term: str, width: int, few: float, threads: int) -> dict[str, An
         "wall s": found["wall"],
         "peak MiB": round(found["memory"]),
         "whole process MiB": round(found["peak"]),
-        "a further token, bytes": round(growth),
-        "of its state": states,
-        "reached": found["peak"] < MEMORY_TARGET and states < GROWTH_TARGET,
+        "a further token KiB": growth / 1024,
+        "times its state": growth / (4 * width),
+        "share of its logits": growth / (4 * VOCABULARY),
+        "reached": found["peak"] < MEMORY_TARGET and growth / (4 * VOCABULARY) < TOKEN_TARGET,
     }
 
 
@@ -222,17 +223,12 @@ def random_sequences(prompts: int, least: int, most: int, vocabulary: int) -> An
     """Prompts of uniform length, each with :data:`SAMPLES` responses of geometric length."""
     from lit_rl.modules.layout import Sequences
 
-    generator = random.Random(0)
-    found = Sequences([], [], [])
-    for group in range(prompts):
-        prompt = generator.choices(range(vocabulary), k=generator.randint(least, most))
-        for _ in range(SAMPLES):
-            length = 1
-            while length < LONGEST and generator.random() * ENDS_ONE_IN >= 1:
-                length += 1
-            response = generator.choices(range(vocabulary), k=length)
-            found = Sequences([*found.prompts, prompt], [*found.responses, response], [*found.groups, group])
-    return found
+    generator, words = random.Random(0), range(vocabulary)
+    texts = [generator.choices(words, k=generator.randint(least, most)) for _ in range(prompts)]
+    groups = [group for group in range(prompts) for _ in range(SAMPLES)]
+    lengths = [min(LONGEST, 1 + int(generator.expovariate(-math.log(1 - 1 / ENDS_ONE_IN)))) for _ in groups]
+    responses = [generator.choices(words, k=length) for length in lengths]
+    return Sequences([texts[group] for group in groups], responses, groups)
 
 
 def attached(module: Any) -> Any:
@@ -333,8 +329,8 @@ def main() -> int:
         "Policy update",
         ("torch", "transformers", "trl"),
         settings.threads,
-        f"head of {VOCABULARY:,} x {width}, {TOKENS:,} tokens; then PPO of nano-qwen3, {SAMPLES} responses a prompt, of "
-        f"geometric length up to {LONGEST}",
+        f"head of {VOCABULARY:,} x {width}, {TOKENS:,} tokens, medians over processes; then PPO of nano-qwen3, "
+        f"{SAMPLES} responses a prompt",
     )
     rows = [row for term in TERMS for row in compare_heads(term, width, repetitions, settings.threads)]
     print_table(rows)

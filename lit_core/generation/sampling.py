@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lit_core.errors import InputError
 
+CHUNK_LOGITS = 1 << 21  # worked on at once on a CPU, 8 MiB: much larger tensors are fetched from the system each time
+
 _GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number: the increment of SplitMix64
-CHUNK_LOGITS = 1 << 21  # worked on at once on a CPU: 8 MiB, which the allocator gives again without clearing it
 _FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # its multipliers
 
 
