@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.policies import START, TABLE, backbone_flags, finish, needs_start, side_by_side, start_arm, train
+from experiments.tre.sweep import Trial, write_sweep
 from experiments.tre.tabular import study
 from lit_core.files import read_json, write_json
 from lit_core.reproduce import Arm, ArmContext, Claim, Experiment, write_results
@@ -17,7 +18,7 @@ from lit_core.setting import Setting
 
 GRID = (0.01, 0.03, 0.1)
 TUNING_SEED = 1000
-TABULAR = "tabular"
+TABULAR, SWEEP = "tabular", "sweep"
 KIND, COEFFICIENT = "--model.exploration.kind", "--model.exploration.coefficient"
 NO_SCALE = "--model.exploration.scale=none"
 LONG = ("--data.countdown.least_numbers=4", "--data.countdown.most_numbers=4")  # responses of about 14 tokens
@@ -66,6 +67,8 @@ def build(setting: Setting) -> Experiment:
         arms.append(start_arm(setting))
     for term in TERMS:
         arms += _term_arms(setting, term, needs, tuning)
+    if tuning:
+        arms.append(_sweep_arm(setting))
     if needs:
         arms.append(start_arm(setting, "sft_long", LONG, main=False))
         for name in ("none", "entropy", "tre_k"):
@@ -88,6 +91,7 @@ def build(setting: Setting) -> Experiment:
     notes = (
         f"Coefficients were chosen among {', '.join(map(str, GRID))} (TRE also among these divided by its factor) by "
         f"the success on validation problems of one run with seed {TUNING_SEED}.",
+        f"What every coefficient does stands in {SWEEP}/seed0/sweep.md.",
         f"The tabular study stands in {TABULAR}/seed0/tabular.md.",
     )
     return Experiment("tre", tuple(arms), claims, metrics, setting.fingerprint(), curves, side_by_side(setting), notes)
@@ -117,8 +121,30 @@ def _trial_arm(setting: Setting, term: Term, needs: tuple[str, ...], coefficient
         write_json(context.folder / "trial.json", {"coefficient": coefficient})
         finish(context, cli)
 
-    name = f"trial_{term.name}_{coefficient:g}"
+    name = _trial_name(term, coefficient)
     return Arm(name, f"{term.title}, {coefficient:g}", run, main=False, seeded=False, needs=needs, hidden=True)
+
+
+def _sweep_arm(setting: Setting) -> Arm:
+    """Tables and figures over the trials of the main terms."""
+    names = {
+        _trial_name(term, value): term for term in TERMS if term.tuned and term.main for value in _grid(setting, term)
+    }
+
+    def run(context: ArmContext) -> None:
+        trials = []
+        for name, term in names.items():
+            folder = context.of(name)
+            metrics = read_json(folder / "results.json")["metrics"]
+            trials.append(Trial(term.title, read_json(folder / "trial.json")["coefficient"], metrics))
+        write_sweep(context.folder, trials)
+        write_results(context.folder, {"trials": float(len(trials))})
+
+    return Arm(SWEEP, "coefficients", run, seeded=False, needs=tuple(names), hidden=True)
+
+
+def _trial_name(term: Term, coefficient: float) -> str:
+    return f"trial_{term.name}_{coefficient:g}"
 
 
 def _grid(setting: Setting, term: Term) -> tuple[float, ...]:
@@ -151,7 +177,7 @@ def _best(context: ArmContext, trials: Sequence[str]) -> float:
 
 def _long_arm(setting: Setting, term: Term, tuning: bool) -> Arm:
     """A term on problems with one number more, at the coefficient that was chosen for the shorter ones."""
-    trials = tuple(f"trial_{term.name}_{value:g}" for value in _grid(setting, term)) if term.tuned and tuning else ()
+    trials = tuple(_trial_name(term, value) for value in _grid(setting, term)) if term.tuned and tuning else ()
 
     def run(context: ArmContext) -> None:
         flags = [*LONG, *term.flags, *([f"{COEFFICIENT}={_best(context, trials)}"] if trials else [])]
