@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -286,14 +287,11 @@ def compare_layouts(name: str, prompts: int, repetitions: int) -> list[dict[str,
     experience = Experience(sequences, responses, mask, old / 2 - 6.9, advantages, values + noise, values)
     reads: dict[str, int] = {}
     gradients: dict[str, Any] = {}
-    for layout, choice in BUDGETS.items():
-        _, reads[layout] = gradients_of(module, experience, *choice)
+    steps = {layout: partial(gradients_of, module, experience, *choice) for layout, choice in BUDGETS.items()}
+    for layout, step in steps.items():
+        _, reads[layout] = step()
         gradients[layout] = flat_gradient(module)
-    times = alternate(
-        {layout: lambda choice=choice: gradients_of(module, experience, *choice) for layout, choice in BUDGETS.items()},
-        repetitions,
-        warm=False,
-    )
+    times = alternate(steps, repetitions, warm=False)
     expected, first = gradients["one padded batch"], times["one padded batch"]
     rows = []
     for layout, timing in times.items():

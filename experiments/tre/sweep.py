@@ -1,5 +1,6 @@
 """What each coefficient does: success, entropy inside the region, and the mass that leaks into the tail."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,12 @@ from lit_core.files import atomic_path, write_json, write_text
 from lit_core.plots import curves
 
 METRICS = ("success", "pass@4", "invalid", "entropy", "region_entropy", "tail_mass", "distinct_correct")
-DRAWN = {"success": "Success", "region_entropy": "Entropy inside the region (nats)", "tail_mass": "Mass in the tail"}
+DRAWN = {
+    "success": "Success",
+    "region_entropy": "Entropy inside the region (nats)",
+    "tail_mass": "Mass in the tail (log10)",
+}
+SMALLEST = 1e-6  # mass that is drawn
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ def _draw(path: Path, trials: Sequence[Trial], metric: str, title: str) -> None:
     lines: dict[str, list[list[tuple[float, float]]]] = {}
     for trial in trials:
         (points,) = lines.setdefault(trial.term, [[]])
-        points.append((trial.coefficient, trial.metrics[metric]))
+        value = trial.metrics[metric]
+        points.append((trial.coefficient, math.log10(max(value, SMALLEST)) if metric == "tail_mass" else value))
     figure = curves(lines, title, "coefficient")
     (axes,) = figure.axes
     axes.set_xscale("log")
