@@ -142,7 +142,7 @@ class PolicyMethod(Method):
 
             assert self.reward_model is not None  # the scorer has no judge otherwise
             self._judging = [RewardModel.load(self.reward_model).to(self.device)]  # a list: not a part of this module
-        return self._judging[0].scores(dialogues).tolist()
+        return self._judging[0].scores(dialogues, progress=False).tolist()
 
     def export(self, output: Path, form: str = "merged") -> None:
         """Write a folder for ``AutoModelForCausalLM``."""

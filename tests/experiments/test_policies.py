@@ -164,6 +164,23 @@ def test_tre_reproduces_with_its_tabular_part(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
+def test_a_trained_reward_model_serves_ppo(tmp_path: Path, policy: Path) -> None:
+    from experiments.reward_model.__main__ import main as reward_model
+
+    judge, run = tmp_path / "judge", tmp_path / "run"
+    assert reward_model(["fit", *SMOKE, "--trainer.default_root_dir", str(tmp_path / "fit")]) == 0
+    assert reward_model(["export", "--ckpt_path", str(tmp_path / "fit" / "last.ckpt"), "--output", str(judge)]) == 0
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {word}."}) + "\n" for word in "abcdefghijklmnopqrst"))
+    flags = ["--data.path", str(prompts), "--data.task=preference", "--model.reward_model", str(judge)]
+    place = ["--trainer.default_root_dir", str(run), "--model.backbone", str(policy)]
+    assert ppo(["fit", *SMOKE, *flags, *place]) == 0
+    rewards = {json.loads(line)["reward"] for line in (run / "samples.jsonl").read_text().splitlines()}
+    assert len(rewards) > 4  # not verified as right or wrong, but scored
+    assert ppo(["fit", *SMOKE, *flags[:3], *place[2:], "--trainer.default_root_dir", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.slow
 def test_gsm8k_trains_a_folder_with_its_chat_template(tmp_path: Path, shared_data: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
