@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lit_core.errors import InputError
 
 LOG = "log.txt"
+END_SECONDS = 10.0  # for an idle process to leave
 LINES_TOLD = 15  # of the log of a run that failed
 SPAWN = get_context("spawn")  # a fork would copy locks that torch's threads hold
 
@@ -82,6 +83,11 @@ class _Worker:
         return task
 
     def end(self) -> None:
+        """Let an idle process go, and stop a busy one."""
+        if self.task is None:
+            with suppress(OSError):
+                self.connection.send(None)
+            self.process.join(END_SECONDS)
         self.connection.close()
         self.process.terminate()
         self.process.join()
@@ -137,7 +143,10 @@ def _serve(connection: Connection, perform: Perform, parent: int) -> None:
     threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
     with suppress(EOFError, OSError):
         while True:
-            arm, seed, folder = connection.recv()
+            message = connection.recv()
+            if message is None:
+                return
+            arm, seed, folder = message
             connection.send(_outcome(perform, arm, seed, folder))
 
 
