@@ -241,7 +241,7 @@ def _pretrained(backbone: str, task: Task, config: BackboneConfig, quantization:
 
         with _peft_warnings():
             model = PeftModel.from_pretrained(model, backbone).merge_and_unload()
-        if quantization is None:
+        if quantization is None and not _is_quantised(Path(base)):
             model.requires_grad_(True)  # peft has frozen it
     return text_model(model) if whole and task == "encoder" else model
 

@@ -72,13 +72,14 @@ class _Worker:
         assert task is not None  # only busy workers are listened to
         try:
             refused, failed = self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the process is gone
             refused, failed = "", True
         if refused:
             raise InputError(refused)
         if failed:
-            end = "\n".join((task.folder / LOG).read_text(errors="replace").splitlines()[-LINES_TOLD:])
-            raise RuntimeError(f"{task.label} failed; {task.folder / LOG} ends with\n{end}")
+            log = task.folder / LOG
+            end = "\n".join(log.read_text(errors="replace").splitlines()[-LINES_TOLD:]) if log.exists() else "nothing"
+            raise RuntimeError(f"{task.label} failed; {log} ends with\n{end}")
         task.state, self.task = "done", None
         return task
 

@@ -18,7 +18,7 @@ from lit_core.setting import Setting
 
 GRID = (0.01, 0.03, 0.1)
 TUNING_SEED = 1000
-TABULAR, SWEEP = "tabular", "sweep"
+TABULAR, MORE, SWEEP = "tabular", "tabular_more", "sweep"
 KIND, COEFFICIENT = "--model.exploration.kind", "--model.exploration.coefficient"
 NO_SCALE = "--model.exploration.scale=none"
 LONG = ("--data.countdown.least_numbers=4", "--data.countdown.most_numbers=4")  # responses of about 14 tokens
@@ -62,7 +62,10 @@ def build(setting: Setting) -> Experiment:
     """The arms and claims at a scale."""
     tuning = setting.scale != "paper"  # there the paper's coefficient is taken
     needs = (START,) if needs_start(setting) else ()
-    arms = [Arm(TABULAR, "tabular study", _tabular, seeded=False, hidden=True)]
+    arms = [
+        Arm(TABULAR, "tabular study", lambda context: _tabular(context, False), seeded=False, hidden=True),
+        Arm(MORE, "tabular study, all parts", lambda c: _tabular(c, True), main=False, seeded=False, hidden=True),
+    ]
     if needs:
         arms.append(start_arm(setting))
     for term in TERMS:
@@ -92,7 +95,7 @@ def build(setting: Setting) -> Experiment:
         f"Coefficients were chosen among {', '.join(map(str, GRID))} (TRE also among these divided by its factor) by "
         f"the success on validation problems of one run with seed {TUNING_SEED}.",
         f"What every coefficient does stands in {SWEEP}/seed0/sweep.md.",
-        f"The tabular study stands in {TABULAR}/seed0/tabular.md.",
+        f"The tabular study stands in {TABULAR}/seed0/tabular.md, with --arms all also in {MORE}/seed0/tabular.md.",
     )
     return Experiment("tre", tuple(arms), claims, metrics, setting.fingerprint(), curves, side_by_side(setting), notes)
 
@@ -183,12 +186,12 @@ def _long_arm(setting: Setting, term: Term, tuning: bool) -> Arm:
         flags = [*LONG, *term.flags, *([f"{COEFFICIENT}={_best(context, trials)}"] if trials else [])]
         train(setting, context, flags, start="sft_long")
 
-    return Arm(f"{term.name}_long", f"{term.title}, 4 numbers", run, main=False, needs=("sft_long", *trials))
+    needs = ("sft_long", MORE, *trials)  # the longer horizon of both parts goes together
+    return Arm(f"{term.name}_long", f"{term.title}, 4 numbers", run, main=False, needs=needs)
 
 
-def _tabular(context: ArmContext) -> None:
-    quick = context.scale == "smoke"
-    found = study(context.folder, (0, 1, 2), quick, extended=not quick)
+def _tabular(context: ArmContext, extended: bool) -> None:
+    found = study(context.folder, (0, 1, 2), context.scale == "smoke", extended)
     rewards = {f"{row['title']} {row['coefficient']:g}": row["metrics"]["reward"]["mean"]
                for row in found["rows"] if row["part"] == "main"}  # fmt: skip
     write_results(context.folder, rewards)

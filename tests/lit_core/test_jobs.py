@@ -33,6 +33,11 @@ class Write:
         (self.folder / f"{arm}{seed}.{os.environ['OMP_NUM_THREADS']}").touch()
 
 
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))  # the other processes import this file
+
+
 def task(folder: Path, arm: str, seed: int = 0, after: tuple[int, ...] = ()) -> Task:
     return Task(f"{arm} seed {seed}", folder / arm / str(seed), arm, seed, after)
 
@@ -99,9 +104,16 @@ def test_no_run_outlives_a_killed_leader(tmp_path: Path) -> None:
     assert children
     leader.kill()
     leader.wait()
-    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+    while any(_alive(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert not any(_alive(child) for child in children)
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # a zombie does nothing
+    except OSError:
+        return False
 
 
 def _children(parent: int) -> list[int]:
