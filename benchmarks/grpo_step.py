@@ -254,7 +254,7 @@ def compare_losses(folder: str, prompt: str) -> list[dict[str, Any]]:
         for low, high, weight in CLIPPING:
             config: dict[str, Any] = {"clip_low": low, "clip_high": high, "reduction": reduction, "kl_coef": weight}
             method.loss, method.kl_coef = LossConfig(**config), weight
-            method.surrogate = Surrogate(method.loss, method.term, method.rollout)
+            method.surrogate = Surrogate(method.loss, method.term)
             given = replace(ours, reference_log_probs=ours.reference_log_probs if weight else None)
             loss, _ = gradients_of(method, given, "auto", 2048)
             vars(trainer).update(loss_type=kind, epsilon_low=low, epsilon_high=high, beta=weight)

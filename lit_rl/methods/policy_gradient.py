@@ -107,7 +107,7 @@ class PolicyGradient(PolicyMethod):
         if self.update.layout == "shared" and not self.policy.shares_prompts:
             raise InputError("this backbone, or its attention, cannot share prompts", field="update.layout")
         self.term = Exploration(self.exploration, int(unwrap(self.policy.model).config.vocab_size))
-        self.surrogate = Surrogate(self.loss, self.term, self.rollout)
+        self.surrogate = Surrogate(self.loss, self.term)
         sharded = self.device_mesh is not None
         self.passes = Passes(self.policy, self.update.micro_tokens, self.update.layout, sharded)
 

@@ -98,13 +98,13 @@ class PolicyMethod(Method):
         self.scorer.close()
 
     def validation_step(self, batch: ProblemBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
+        self._collected += self.respond(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
 
     def test_step(self, batch: ProblemBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
+        self._collected += self.respond(batch)
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
@@ -124,17 +124,13 @@ class PolicyMethod(Method):
         rewards = self.scorer.rewards([p for p in batch.problems for _ in range(config.samples)], texts)
         return problem_results(batch.problems, completions, texts, rewards)
 
-    def _evaluate(self, batch: ProblemBatch) -> None:
-        self._collected += self.respond(batch)
-
     def _report(self, split: str) -> None:
         self.results = merged(gather_objects(self._collected))
         self._collected = []
         if self.results:
-            self.log_dict(dict(tensor_metrics(self.results, split)), rank_zero_only=False)
-            self.log(
-                f"{split}/score", tensor_metrics(self.results, split)[f"{split}/reward"], prog_bar=True, logger=False
-            )
+            metrics = tensor_metrics(self.results, split)
+            self.log_dict(dict(metrics))
+            self.log(f"{split}/score", metrics[f"{split}/reward"], prog_bar=True, logger=False)
 
     def _judge(self, dialogues: Any) -> list[float]:
         if self._judging is None:

@@ -65,9 +65,7 @@ class Exploration:
         return max(0.0, coefficient + step)
 
     def kept_tokens(self, counts: list[int]) -> int:
-        """Tokens that the policy's loss is averaged over, for scopes with so many tokens each."""
-        if self.config.kind != "forking":
-            return sum(counts)
+        """Tokens that ``forking`` averages the policy's loss over, for scopes with so many tokens each."""
         return sum(max(1, int(self.config.share * count + 0.9999)) for count in counts if count)
 
     def select(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lit_core.generation import Completion, SamplingParams, TorchEngine
 from lit_core.generation.requests import StepHook
@@ -136,12 +137,9 @@ def collect(
     lengths = torch.tensor([len(completion.tokens) for completion in completions])
     if config.overlong_buffer:
         scores += overlong_penalty(lengths, config.max_tokens, config.overlong_buffer, config.overlong_factor)
-    width = int(lengths.max())
-    responses, log_probs = torch.zeros(len(completions), width, dtype=torch.long), torch.zeros(len(completions), width)
-    for row, completion in enumerate(completions):
-        responses[row, : len(completion.tokens)] = torch.tensor(completion.tokens)
-        log_probs[row, : len(completion.tokens)] = completion.log_probs
-    mask = torch.arange(width) < lengths[:, None]
+    responses = pad_sequence([torch.tensor(completion.tokens) for completion in completions], batch_first=True)
+    log_probs = pad_sequence([completion.log_probs for completion in completions], batch_first=True)
+    mask = torch.arange(responses.shape[1]) < lengths[:, None]
     truncated = torch.tensor([completion.finish_reason == "length" for completion in completions])
     sequences = Sequences(prompts, [completion.tokens for completion in completions], groups)
     tensors = (tensor.to(device) for tensor in (responses, mask, log_probs, truncated, scores))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lit_core.sharding import summed
 from lit_rl.functional.losses import aggregate, divergence, log_ratio, loss_denominator, policy_loss
-from lit_rl.modules.config import LossConfig, RolloutConfig
+from lit_rl.modules.config import LossConfig
 from lit_rl.modules.experience import Experience, Totals, rows_of
 from lit_rl.modules.exploration import Exploration, Selection
 from lit_rl.modules.layout import Chunk
@@ -35,11 +35,10 @@ class Surrogate:
     Args:
         loss: Its settings.
         term: Exploration term.
-        rollout: Sampling settings.
     """
 
-    def __init__(self, loss: LossConfig, term: Exploration, rollout: RolloutConfig) -> None:
-        self.config, self.term, self.rollout = loss, term, rollout
+    def __init__(self, loss: LossConfig, term: Exploration) -> None:
+        self.config, self.term = loss, term
 
     def denominators(
         self,
@@ -101,7 +100,7 @@ class Surrogate:
         assert advantages is not None
         chosen = self._selection(found.entropy, log_probs, advantages, mask, selection, rows, seed)
         total = self._policy_term(log_probs, old, advantages, mask, chosen, experience, rows, scale, totals)
-        total = total + self._divergence_term(log_probs, experience, rows, mask, scale, kl_coef, totals)
+        total = total + self._divergence_term(log_probs, experience, rows, mask, scale, kl_coef)
         bonus = self.term.bonus(found)
         if bonus is not None:
             totals.add("policy/exploration", bonus)
@@ -166,7 +165,6 @@ class Surrogate:
         mask: Tensor,
         scale: Denominators,
         kl_coef: float,
-        totals: Totals,
     ) -> Tensor | float:
         reference = rows_of(experience.reference_log_probs, rows)
         if reference is None or self.config.kl_in != "loss":
