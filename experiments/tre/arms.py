@@ -91,12 +91,15 @@ def build(setting: Setting) -> Experiment:
     )
     metrics = (*TABLE, "region_entropy", "region_size", "coefficient")
     curves = ("val/success", "val/entropy", "val/tail_mass", "val/invalid", "val/region_entropy", "rollout/reward_mean")
-    notes = (
-        f"Coefficients were chosen among {', '.join(map(str, GRID))} (TRE also among these divided by its factor) by "
-        f"the success on validation problems of one run with seed {TUNING_SEED}.",
+    chosen = (
+        f"Coefficients were chosen among {', '.join(map(str, GRID))} (TRE also among these divided by its factor: more "
+        f"trials than the entropy bonus has) by the success on validation problems of one run with seed {TUNING_SEED}.",
         f"What every coefficient does stands in {SWEEP}/seed0/sweep.md.",
-        f"The tabular study stands in {TABULAR}/seed0/tabular.md, with --arms all also in {MORE}/seed0/tabular.md.",
     )
+    tabular = (
+        f"The tabular study stands in {TABULAR}/seed0/tabular.md, with --arms all also in {MORE}/seed0/tabular.md."
+    )
+    notes = (*(chosen if tuning else ()), tabular)
     return Experiment("tre", tuple(arms), claims, metrics, setting.fingerprint(), curves, side_by_side(setting), notes)
 
 
