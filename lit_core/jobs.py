@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -158,6 +159,8 @@ def _outcome(perform: Perform, arm: str, seed: int, folder: Path) -> tuple[str, 
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(log.fileno(), stream.fileno())
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(line_buffering=True)  # a file would get its lines in blocks, long after
     try:
         perform(arm, seed)
     except InputError as error:

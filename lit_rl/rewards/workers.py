@@ -65,12 +65,11 @@ class RewardWorkers:
             samples: The function's arguments, for each sample.
 
         Raises:
-            ValueError: The pool is closed.
+            ValueError: The pool is closed, or another thread closes it meanwhile.
             RuntimeError: A worker cannot start.
         """
         with self._lock:
-            if not self._closing.alive:
-                raise ValueError("need open reward workers, got closed ones")
+            self._check_open()
             batch = _Batch(samples, self.processes)
             try:
                 (self._run if self.processes else self._run_here)(batch)
@@ -86,6 +85,10 @@ class RewardWorkers:
     def close(self) -> None:
         """End the workers at once; a second call does nothing."""
         self._closing()
+
+    def _check_open(self) -> None:
+        if not self._closing.alive:
+            raise ValueError("need open reward workers, got closed ones")
 
     def __enter__(self) -> Self:
         return self
@@ -103,6 +106,7 @@ class RewardWorkers:
         for worker in [worker for worker in self._workers if not worker.process.is_alive()]:
             self._drop(worker)
         while batch.unsettled:
+            self._check_open()  # else workers would be started that nobody ends
             while len(self._workers) < min(self.processes, batch.unsettled):
                 self._workers.append(_Worker(self.function, self.prepare, self.limit))
             for worker in [worker for worker in self._workers if worker.ready and not worker.given]:
@@ -114,6 +118,7 @@ class RewardWorkers:
         """Wait for a result or a deadline, whichever is first, and act on it."""
         patience = min((worker.deadline for worker in busy), default=0.0) - time.monotonic()
         heard = wait([worker.connection for worker in busy], max(patience, 0.0))
+        self._check_open()
         for worker in busy:
             failure = worker.receive(batch) if worker.connection in heard else worker.overdue()
             if failure:
