@@ -1,7 +1,7 @@
 """PPO with each exploration term, at the coefficient that suits it best, and the tabular study.
 
-Every term with a coefficient is tuned on the same grid, with a seed of its own and on the validation problems; TRE also
-on the grid divided by its scale factor, which would give it a larger effective coefficient otherwise.
+Every term with a coefficient is tuned among the same values, with a seed of its own and on the validation problems: a
+grid, and that grid divided by TRE's scale factor, which would give it a larger effective coefficient otherwise.
 """
 
 import math
@@ -92,8 +92,9 @@ def build(setting: Setting) -> Experiment:
     metrics = (*TABLE, "region_entropy", "region_size", "coefficient")
     curves = ("val/success", "val/entropy", "val/tail_mass", "val/invalid", "val/region_entropy", "rollout/reward_mean")
     chosen = (
-        f"Coefficients were chosen among {', '.join(map(str, GRID))} (TRE also among these divided by its factor: more "
-        f"trials than the entropy bonus has) by the success on validation problems of one run with seed {TUNING_SEED}.",
+        f"The coefficient of every tuned term was chosen among the same {', '.join(map(str, _grid(setting)))} (a grid, "
+        f"and the grid divided by TRE's factor) by the success on validation problems of one run with seed "
+        f"{TUNING_SEED}.",
         f"What every coefficient does stands in {SWEEP}/seed0/sweep.md.",
     )
     tabular = (
@@ -105,9 +106,7 @@ def build(setting: Setting) -> Experiment:
 
 def _term_arms(setting: Setting, term: Term, needs: tuple[str, ...], tuning: bool) -> list[Arm]:
     """A term's trials, hidden, and the term at its best coefficient."""
-    trials = (
-        [_trial_arm(setting, term, needs, value) for value in _grid(setting, term)] if term.tuned and tuning else []
-    )
+    trials = [_trial_arm(setting, term, needs, value) for value in _grid(setting)] if term.tuned and tuning else []
     names = tuple(arm.name for arm in trials)
 
     def run(context: ArmContext) -> None:
@@ -133,9 +132,7 @@ def _trial_arm(setting: Setting, term: Term, needs: tuple[str, ...], coefficient
 
 def _sweep_arm(setting: Setting) -> Arm:
     """Tables and figures over the trials of the main terms."""
-    names = {
-        _trial_name(term, value): term for term in TERMS if term.tuned and term.main for value in _grid(setting, term)
-    }
+    names = {_trial_name(term, value): term for term in TERMS if term.tuned and term.main for value in _grid(setting)}
 
     def run(context: ArmContext) -> None:
         trials = []
@@ -153,11 +150,10 @@ def _trial_name(term: Term, coefficient: float) -> str:
     return f"trial_{term.name}_{coefficient:g}"
 
 
-def _grid(setting: Setting, term: Term) -> tuple[float, ...]:
+def _grid(setting: Setting) -> tuple[float, ...]:
+    """Coefficients of every tuned term."""
     if setting.scale == "smoke":
         return GRID[:1]
-    if not term.name.startswith("tre") or NO_SCALE in term.flags:
-        return GRID
     factor = _factor(setting)
     return tuple(sorted({*GRID, *(float(f"{value / factor:.2g}") for value in GRID)}))
 
@@ -183,7 +179,7 @@ def _best(context: ArmContext, trials: Sequence[str]) -> float:
 
 def _long_arm(setting: Setting, term: Term, tuning: bool) -> Arm:
     """A term on problems with one number more, at the coefficient that was chosen for the shorter ones."""
-    trials = tuple(_trial_name(term, value) for value in _grid(setting, term)) if term.tuned and tuning else ()
+    trials = tuple(_trial_name(term, value) for value in _grid(setting)) if term.tuned and tuning else ()
 
     def run(context: ArmContext) -> None:
         flags = [*LONG, *term.flags, *([f"{COEFFICIENT}={_best(context, trials)}"] if trials else [])]

@@ -36,6 +36,7 @@ from lit_rl.modules.surrogate import Surrogate
 from lit_rl.problems import ProblemBatch, PromptConfig
 
 STATE_KEY = "lit_rl_state"
+WAITING_KEY = "lit_rl_waiting"
 HOPELESS = 20  # updates without a single group whose rewards differ, after which the user is told
 
 
@@ -338,13 +339,18 @@ class PolicyGradient(PolicyMethod):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        names = ("draws", "skipped", "dull", "kl_coef", "entropy_coef")
+        names = ("draws", "draws_waiting", "skipped", "dull", "kl_coef", "entropy_coef")
         checkpoint[STATE_KEY] = {name: getattr(self, name) for name in names}
+        if self.rollout.dynamic:
+            checkpoint[WAITING_KEY] = gather_objects([part.state() for part in self.waiting])  # of each rank
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         for name, value in checkpoint.get(STATE_KEY, {}).items():
             setattr(self, name, value)
+        waiting = checkpoint.get(WAITING_KEY, [])
+        if len(waiting) == world_size():  # another number of ranks draws other problems
+            self.waiting = [Rollout.from_state(state, self.device) for state in waiting[self.global_rank]]
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

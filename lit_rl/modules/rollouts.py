@@ -1,7 +1,8 @@
 """Responses drawn from a policy, with what is learned from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,22 @@ class Rollout:
             self.truncated[index],
             self.scores[index],
         )
+
+    def state(self) -> dict[str, Any]:
+        """Everything in plain containers and tensors, for a checkpoint."""
+        fields = {name: value for name, value in vars(self).items() if name not in ("problems", "sequences")}
+        problems = [{**vars(problem), "row": dict(problem.row)} for problem in self.problems]
+        return {**fields, "problems": problems, "sequences": dict(vars(self.sequences))}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "Rollout":
+        """What :meth:`state` has written."""
+        fields: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()
+        }
+        fields["problems"] = [Problem(**problem) for problem in state["problems"]]
+        fields["sequences"] = Sequences(**state["sequences"])
+        return cls(**fields)
 
 
 def draw(

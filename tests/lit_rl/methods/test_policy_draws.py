@@ -95,6 +95,29 @@ def test_dynamic_sampling_draws_until_a_batch_is_full(tmp_path: Path) -> None:
     assert logged.rows[2]["rollout/reward_mean"] == 0.5
 
 
+class SaveBehind(Callback):
+    """Writes a checkpoint after a batch of problems."""
+
+    def __init__(self, path: Path, batch: int) -> None:
+        self.path, self.batch = path, batch
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+def test_groups_that_wait_are_in_checkpoints(tmp_path: Path) -> None:
+    """Two draws have given three of four groups when the state is saved."""
+    path = tmp_path / "waiting.ckpt"
+    whole, again = (build(GRPO, loss=LossConfig(), rollout=PAIRS) for _ in range(2))
+    whole.scorer, again.scorer = Scripted(1, 2, 3, 4, 4), Scripted(3, 4, 4)
+    fit(whole, tmp_path, 3, SaveBehind(path, 1))
+    fit(again, tmp_path, 3, ckpt=path)
+    assert again.scorer.drawn == whole.scorer.drawn[2:]
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(again)[name], value, atol=0, rtol=0)
+
+
 def test_dynamic_sampling_gives_up_and_takes_what_there_is(tmp_path: Path) -> None:
     module, updates, logged = dynamic(tmp_path, [0, 1, 0, 1, 4], 2)
     assert updates.moved == [False, False, False, True, True]
