@@ -2,37 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_core.backbones import unwrap
 from lit_core.errors import InputError
 from lit_core.generation.generic_cache import GenericCache
-from lit_core.generation.requests import Completion, FinishReason, Request, StepHook
-from lit_core.generation.sampling import SamplingParams, choose, keys
+from lit_core.generation.growth import Growth, Planner, Response
+from lit_core.generation.requests import Completion, Request, StepHook
+from lit_core.generation.run import Cache, Group, Run, grouped
+from lit_core.generation.sampling import SamplingParams
 from lit_core.generation.shared_cache import SharedCache, is_supported
 from lit_core.generation.stopping import StopStrings, stop_strings
 from lit_core.samplers import mix_seed
 from lit_core.sharding import gathered_weights
 
 KV_TOKENS = 1 << 18  # of prompts and responses held at once
-DROP_SHARE = 1 / 8  # of the rows have to be finished before they are dropped
-GPU_STEPS = 8  # between two looks at what has finished: each look waits for the device
-
-
-class Cache(Protocol):
-    """Rows that decode together; see :class:`SharedCache`."""
-
-    joins_running: bool
-
-    def __len__(self) -> int: ...
-    def has_room(self, rows: int, prompts: int) -> bool: ...
-    def admit(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor: ...
-    def step(self, tokens: Tensor) -> Tensor: ...
-    def keep(self, rows: Sequence[int]) -> list[int]: ...
 
 
 class TorchEngine:
@@ -105,36 +92,81 @@ class TorchEngine:
         self, requests: Sequence[Request], params: SamplingParams, hook: StepHook | None = None
     ) -> list[Completion]:
         """Draw one response for each request; those with equal prompts and prefixes share what they have in common."""
-        stops, vocabulary = None, unwrap(self.model).config.get_text_config().vocab_size
-        if params.stop_strings:
-            if self.tokenizer is None:
-                raise InputError("stop strings need a tokenizer")
-            stops = stop_strings(params.stop_strings, self.tokenizer, vocabulary)
-        groups = _groups(requests, params.max_tokens, vocabulary)
+        stops = self._stops(params)
+        groups = grouped(requests, params.max_tokens, self._vocabulary)
+        with self._sampling():
+            if not requests:
+                return []
+            run = Run(self._cache(requests, groups), requests, params, stops, hook, _device(self.model))
+            run.complete(groups)
+        return run.completions()
+
+    @torch.no_grad()
+    def grow(
+        self,
+        prompts: Sequence[Sequence[int]],
+        planner: Planner,
+        params: SamplingParams,
+        hook: StepHook | None = None,
+        reuse: bool = True,
+    ) -> list[list[Response]]:
+        """Draw a tree of responses to each prompt, in rounds that a planner decides on.
+
+        Trees grow independently of each other: none waits for the round of another one.
+
+        Args:
+            prompts: Token ids of each prompt.
+            planner: Says what is drawn next, each time that all responses so far of a prompt are finished.
+            params: How tokens are drawn, and when a response ends.
+            hook: As in :meth:`generate`.
+            reuse: Begin branches from the cached keys and values of the response that they leave. Without, or where a
+                model runs through its own cache, the prefix is read again.
+
+        Returns:
+            The responses to each prompt, prefixes included, in the order in which they were asked for.
+
+        Raises:
+            InputError: As in :meth:`generate`.
+            ValueError: The planner asks for what cannot be.
+        """
+        stops = self._stops(params)
+        grouped([Request(prompt, 0) for prompt in prompts], params.max_tokens, self._vocabulary)  # checks the tokens
+        with self._sampling():
+            if not prompts:
+                return []
+            reuse = reuse and self.shared
+            cache = self._tree_cache(prompts, planner, params.max_tokens, reuse)
+            growth = Growth(cache, planner, prompts, params, stops, hook, _device(self.model), reuse)
+            growth.complete(growth.begin())
+        return growth.trees
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(unwrap(self.model).config.get_text_config().vocab_size)
+
+    def _stops(self, params: SamplingParams) -> StopStrings | None:
+        if not params.stop_strings:
+            return None
+        if self.tokenizer is None:
+            raise InputError("stop strings need a tokenizer")
+        return stop_strings(params.stop_strings, self.tokenizer, self._vocabulary)
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
         with (
             _evaluating(self.model),
             gathered_weights(self.model),  # on all ranks, also on one that has no requests
             torch.inference_mode(),  # small operations take a tenth less time than without gradients alone
             torch.autocast(_device(self.model).type, enabled=False),
         ):
-            if not requests:
-                return []
-            cache = self._cache(requests, groups)
-            run = _Run(cache, requests, params, stops, hook, _device(self.model))
-            run.complete(groups)
-        return run.completions()
+            yield
 
-    def _cache(self, requests: Sequence[Request], groups: "list[_Group]") -> Cache:
+    def _cache(self, requests: Sequence[Request], groups: list[Group]) -> Cache:
         """A cache with as many slots as the budget allows, at most as many as there are requests."""
         read = max(len(group.tokens) for group in groups)
         drawn = max(group.remaining for group in groups)
         rows = max(len(group.members) for group in groups)
-        if self.kv_tokens < read + drawn:
-            raise InputError(
-                f"the cache holds {self.kv_tokens} tokens; the longest prompt and prefix ({read}) and the longest "
-                f"response behind one ({drawn}) need {read + drawn}",
-                field="kv_tokens",
-            )
+        self._check_budget(read + drawn, f"prompt and prefix ({read}) and the longest response behind one ({drawn})")
         fitting = self.kv_tokens // (2 * read + rows * drawn)  # a slow last sample keeps its prompt: spare slots
         prompts = min(len(groups), 2 * fitting)
         most_rows = min(len(requests), fitting * rows)
@@ -142,169 +174,29 @@ class TorchEngine:
             prompts, most_rows = 1, min(rows, (self.kv_tokens - read) // drawn)
         if self.shared:
             return SharedCache(self.model, prompts, most_rows, read, drawn)
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        return GenericCache(self.model, max(1, min(len(requests), self.kv_tokens // (read + drawn))), pad or 0)
+        return self._generic_cache(min(len(requests), self.kv_tokens // (read + drawn)))
 
+    def _tree_cache(self, prompts: Sequence[Sequence[int]], planner: Planner, drawn: int, reuse: bool) -> Cache:
+        """A cache for as many trees at once as the budget allows."""
+        read = max(map(len, prompts))
+        if reuse:
+            each = read + (planner.width + planner.responses) * drawn  # running rows, and what branches may begin from
+            self._check_budget(each, f"prompt ({read}) and a tree of {planner.responses} responses of {drawn} tokens")
+            trees = min(len(prompts), self.kv_tokens // each)
+            return SharedCache(self.model, trees, trees * planner.width, read, drawn)
+        read += drawn - 1  # a prefix leaves one token to draw
+        self._check_budget(read + drawn, f"prompt and prefix ({read}) and a response ({drawn})")
+        rows = min(len(prompts) * planner.width, self.kv_tokens // (read + drawn))
+        return SharedCache(self.model, rows, rows, read, drawn) if self.shared else self._generic_cache(rows)
 
-@dataclass
-class _Group:
-    """Requests with the same prompt and prefix: its tokens, their numbers, and tokens drawn and still to be drawn."""
+    def _generic_cache(self, rows: int) -> GenericCache:
+        return GenericCache(self.model, max(1, rows), getattr(self.tokenizer, "pad_token_id", None) or 0)
 
-    tokens: list[int]
-    members: list[int]
-    drawn: int
-    remaining: int
-
-    def split(self, count: int) -> "_Group":
-        """Take the first members out."""
-        first, self.members = self.members[:count], self.members[count:]
-        return replace(self, members=first)
-
-
-def _groups(requests: Sequence[Request], max_tokens: int, vocabulary: int) -> list[_Group]:
-    found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-    for number, request in enumerate(requests):
-        found.setdefault((tuple(request.prompt), tuple(request.prefix)), []).append(number)
-    groups = []
-    for (prompt, prefix), members in found.items():
-        remaining = max_tokens - len(prefix)
-        if remaining < 1:
-            raise InputError(f"a prefix of {len(prefix)} tokens leaves nothing of {max_tokens} to draw")
-        for token in (min(prompt + prefix), max(prompt + prefix)):  # a GPU would not survive the lookup
-            if not 0 <= token < vocabulary:
-                raise InputError(f"the model has tokens 0 to {vocabulary - 1}, got {token} in a prompt or prefix")
-        groups.append(_Group([*prompt, *prefix], members, len(prefix), remaining))
-    return groups
-
-
-class _Run:
-    """The rows of one call and what they have drawn so far."""
-
-    def __init__(
-        self,
-        cache: Cache,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        stops: StopStrings | None,
-        hook: StepHook | None,
-        device: torch.device,
-    ) -> None:
-        self.cache, self.requests, self.params, self.stops, self.hook = cache, requests, params, stops, hook
-        self.device, self.look_every = device, GPU_STEPS if device.type == "cuda" else 1
-        shape = len(requests), params.max_tokens
-        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self.log_probs = torch.zeros(shape, device=device)
-        self.scalars: dict[str, Tensor] = {}
-        self.ends: Tensor | None = None  # whether a token of the vocabulary is one that ends a response
-        self.finished: dict[int, tuple[int, FinishReason]] = {}  # request: tokens of its response, and why it ended
-        self.rows: list[int] = []  # request of each row
-        self.drawn: list[int] = []  # tokens of each row's response, prefix included
-        self.request, self.step, self.seeds, self.stopped = (
-            torch.zeros(0, dtype=torch.long, device=device) for _ in range(4)
-        )
-
-    def complete(self, groups: list[_Group]) -> None:
-        """Run until every request is done."""
-        waiting = list(reversed(groups))  # taken from the end
-        steps = 0
-        while waiting or self.rows:
-            entering = self._entering(waiting) if self.cache.joins_running or not self.rows else []
-            if entering:
-                self._admit(entering)
-            else:
-                self._draw(self.cache.step(self.tokens[self.request, self.step - 1]), 0)
-            steps += 1
-            if steps % self.look_every == 0 or max(self.drawn) >= self.params.max_tokens:
-                self._drop_finished(len(waiting[-1].members) if waiting and self.cache.joins_running else None)
-
-    def _entering(self, waiting: list[_Group]) -> list[_Group]:
-        """Take as many groups as there is room for; where the cache is empty, a part of one if need be."""
-        entering: list[_Group] = []
-        rows = 0
-        while waiting and self.cache.has_room(rows + len(waiting[-1].members), len(entering) + 1):
-            entering.append(waiting.pop())
-            rows += len(entering[-1].members)
-        if not entering and not self.rows:
-            fitting = max(n for n in range(1, len(waiting[-1].members)) if self.cache.has_room(n, 1))
-            entering = [waiting[-1].split(fitting)]
-        return entering
-
-    def _admit(self, groups: list[_Group]) -> None:
-        """Read the prompts of groups, and draw the first token of each of their rows."""
-        first = len(self.rows)
-        logits = self.cache.admit([group.tokens for group in groups], [len(group.members) for group in groups])
-        for group in groups:
-            self.rows += group.members
-            self.drawn += [group.drawn] * len(group.members)
-        new = self.rows[first:]
-
-        def lengthened(tensor: Tensor, values: list[int]) -> Tensor:
-            return torch.cat([tensor, torch.tensor(values, device=self.device)])
-
-        self.request = lengthened(self.request, new)
-        self.step = lengthened(self.step, self.drawn[first:])
-        self.seeds = lengthened(self.seeds, [self.requests[number].seed for number in new])
-        self.stopped = lengthened(self.stopped, [-1] * len(new))
-        self._draw(logits, first)
-
-    def _draw(self, logits: Tensor, first: int) -> None:
-        """Choose a token for each row from ``first`` on."""
-        request, step, stopped = self.request[first:], self.step[first:], self.stopped[first:]
-        choice = choose(logits, keys(self.seeds[first:], step), self.params)
-        self.tokens[request, step], self.log_probs[request, step] = choice
-        if self.hook is not None:
-            for name, values in self.hook(logits, choice.tokens).items():
-                kept = self.scalars.setdefault(name, torch.zeros_like(self.log_probs))
-                kept[request, step] = values.float()
-        if self.ends is None:
-            self.ends = torch.zeros(logits.shape[1], dtype=torch.bool, device=self.device)
-            self.ends[[token for token in self.params.stop_ids if 0 <= token < len(self.ends)]] = True
-        ended = self.ends[choice.tokens]
-        if self.stops is not None:
-            for row in self.stops.candidates(choice.tokens):
-                number = self.rows[first + row]
-                prompt, prefix = self.requests[number].prompt, self.requests[number].prefix
-                drawn = self.tokens[number, len(prefix) : self.drawn[first + row] + 1].tolist()
-                ended[row] |= self.stops.completed([*prompt, *prefix, *drawn], len(prompt))
-        stopped.copy_(torch.where(ended & (stopped < 0), step, stopped))
-        step += 1
-        self.drawn[first:] = [drawn + 1 for drawn in self.drawn[first:]]
-
-    def _drop_finished(self, waiting: int | None) -> None:
-        """Let finished rows leave; a few stay until more are, or until so many waiting ones fit instead of them."""
-        stopped = self.stopped.tolist()
-        most = self.params.max_tokens
-        done = [row for row, drawn in enumerate(self.drawn) if stopped[row] >= 0 or drawn >= most]
-        if not done:
-            return
-        full = any(self.drawn[row] >= most for row in done)
-        replaced = waiting is not None and self.cache.has_room(waiting - len(done), 0)
-        if not (full or replaced or len(done) >= DROP_SHARE * len(self.rows)):
-            return
-        for row in done:
-            ended = stopped[row] >= 0
-            self.finished[self.rows[row]] = (stopped[row] + 1, "stop") if ended else (most, "length")
-        leaving = set(done)
-        places = self.cache.keep([row for row in range(len(self.rows)) if row not in leaving])
-        self.rows, self.drawn = [self.rows[row] for row in places], [self.drawn[row] for row in places]
-        index = torch.tensor(places, dtype=torch.long, device=self.device)
-        self.request, self.step, self.seeds, self.stopped = (
-            tensor[index] for tensor in (self.request, self.step, self.seeds, self.stopped)
-        )
-
-    def completions(self) -> list[Completion]:
-        """The responses, in the order of their requests; copies, which gradients may flow through."""
-        tokens, log_probs = self.tokens.cpu(), self.log_probs.cpu()
-        scalars = {name: values.cpu() for name, values in self.scalars.items()}
-        found = []
-        for number, request in enumerate(self.requests):
-            length, reason = self.finished[number]
-            part = slice(len(request.prefix), length)
-            kept = {name: values[number, part].clone() for name, values in scalars.items()}
-            found.append(Completion(tokens[number, part].tolist(), log_probs[number, part].clone(), reason, kept))
-        if not torch.cat([completion.log_probs for completion in found]).isfinite().all():
-            raise InputError("the model's logits are not finite (NaN or infinity): its weights have diverged")
-        return found
+    def _check_budget(self, needed: int, what: str) -> None:
+        if self.kv_tokens < needed:
+            raise InputError(
+                f"the cache holds {self.kv_tokens} tokens; the longest {what} need {needed}", field="kv_tokens"
+            )
 
 
 @contextmanager

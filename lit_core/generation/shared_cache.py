@@ -27,6 +27,12 @@ class Part(NamedTuple):
     normaliser: Tensor
 
 
+class Stored(NamedTuple):
+    """Keys and values of a response, of each layer ``(2, H, L, D)``."""
+
+    layers: list[Tensor]
+
+
 def is_supported(model: nn.Module) -> bool:
     """Say whether a causal language model is of the kind that this cache decodes exactly."""
     config = unwrap(model).config
@@ -75,7 +81,9 @@ class SharedCache:
         self.norms = [
             _stacked_norms(layer.self_attn, self.group * self.kv_heads, self.kv_heads) for layer in inner.layers
         ]
+        self.last_states = torch.zeros(prompts, inner.config.hidden_size, device=self.device, dtype=self.dtype)
         self.prompt_lengths: list[int] = []
+        self.names: list[int | None] = []  # of the prompt in each slot; with a name it stays until it is closed
         self.slots: list[int] = []  # prompt of each row
         self.lengths: list[int] = []  # response tokens of each row that the cache holds
 
@@ -86,18 +94,22 @@ class SharedCache:
         """Whether so many further prompts with so many rows in all fit."""
         return len(self.prompt_lengths) + prompts <= self.most_prompts and len(self) + rows <= self.most_rows
 
-    def admit(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+    def admit(
+        self, prompts: Sequence[Sequence[int]], counts: Sequence[int], names: Sequence[int] | None = None
+    ) -> Tensor:
         """Read prompts and begin rows of them, behind those that run.
 
         Args:
             prompts: Token ids of each new prompt.
             counts: Rows of each.
+            names: One a prompt that stays, also without rows, until :meth:`close`.
 
         Returns:
             Logits of the first token of every new row ``(sum of counts, V)``.
         """
         first = len(self.prompt_lengths)
         self.prompt_lengths += [len(prompt) for prompt in prompts]
+        self.names += names or [None] * len(prompts)
         for number, count in enumerate(counts):
             self.slots += [first + number] * count
             self.lengths += [0] * count
@@ -113,6 +125,41 @@ class SharedCache:
         rows = back.repeat_interleave(torch.tensor(counts)).to(self.device)
         self._lay_out()
         return torch.cat(logits)[rows]
+
+    def store(self, rows: Sequence[int]) -> list[Stored]:
+        """Copies of what rows hold of their responses."""
+        index = torch.tensor(rows, device=self.device)
+        longest = max(self.lengths[row] for row in rows)
+        layers = [cache[:, :, :, :longest].index_select(1, index) for cache in self.cache]
+        return [Stored([layer[:, place, :, : self.lengths[row]] for layer in layers]) for place, row in enumerate(rows)]
+
+    def branch(self, names: Sequence[int], stored: Sequence[Stored], lengths: Sequence[int]) -> None:
+        """Begin rows that hold the first tokens of stored responses already.
+
+        Args:
+            names: Prompt of each.
+            stored: What each begins with.
+            lengths: How many tokens of it.
+        """
+        for kept, length in zip(stored, lengths, strict=True):
+            row = len(self.lengths)
+            for cache, layer in zip(self.cache, kept.layers, strict=True):
+                cache[:, row, :, :length] = layer[:, :, :length]
+            self.lengths.append(length)
+        self.slots += [self.names.index(name) for name in names]
+        self._lay_out()
+
+    def restart(self, names: Sequence[int]) -> Tensor:
+        """Begin rows of prompts that have been read; returns the logits of their first tokens ``(B, V)``."""
+        slots = [self.names.index(name) for name in names]
+        self.slots += slots
+        self.lengths += [0] * len(slots)
+        self._lay_out()
+        return self.head(self.last_states[torch.tensor(slots, device=self.device)])
+
+    def close(self, name: int) -> None:
+        """Let a prompt go with the last of its rows."""
+        self.names[self.names.index(name)] = None
 
     def step(self, tokens: Tensor) -> Tensor:
         """Take the last token of each row (Long ``(B,)``) and return the logits of the next ``(B, V)``."""
@@ -135,10 +182,13 @@ class SharedCache:
         _move(self.cache, places, longest)
         self.slots = [self.slots[row] for row in places]
         self.lengths = [self.lengths[row] for row in places]
-        prompts = _filled_gaps(sorted(set(self.slots)))
+        staying = {slot for slot, name in enumerate(self.names) if name is not None}
+        prompts = _filled_gaps(sorted(staying | set(self.slots)))
         longest = max((self.prompt_lengths[slot] for slot in prompts), default=0)
         _move(self.prompt_cache, prompts, longest)
+        self.last_states[: len(prompts)] = self.last_states[torch.tensor(prompts, dtype=torch.long)]
         self.prompt_lengths = [self.prompt_lengths[slot] for slot in prompts]
+        self.names = [self.names[slot] for slot in prompts]
         new_slot = {old: new for new, old in enumerate(prompts)}
         self.slots = [new_slot[slot] for slot in self.slots]
         if self.slots:
@@ -185,8 +235,9 @@ class SharedCache:
                 queries, keys, values, is_causal=True, scale=1.0, enable_gqa=self.group > 1
             )
             states = self._finish_layer(layer, states, mixed.transpose(1, 2).flatten(2))
-        last = states[torch.arange(len(prompts), device=self.device), lengths - 1]
-        return self.head(self.inner.norm(last))
+        last = self.inner.norm(states[torch.arange(len(prompts), device=self.device), lengths - 1])
+        self.last_states[places] = last
+        return self.head(last)
 
     def _step(self, tokens: Tensor, length: int) -> Tensor:
         count = len(tokens)
