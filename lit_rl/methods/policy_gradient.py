@@ -97,6 +97,7 @@ class PolicyGradient(PolicyMethod):
         self.dull = 0  # updates in a row without any signal
         self.kl_coef, self.entropy_coef = loss.kl_coef, exploration.coefficient
         self.tokens_read = 0
+        self.tokens_drawn = 0  # so far, by all ranks
 
     @property
     def needs_reference(self) -> bool:
@@ -143,13 +144,18 @@ class PolicyGradient(PolicyMethod):
         self.log("train/skipped_steps", float(self.skipped))
         self._count_step()
 
+    def collect(self, batch: ProblemBatch, seed: int, first_group: int) -> Rollout:
+        """Draw and score responses; each problem's are a group, numbered from ``first_group`` on."""
+        return collect(self.policy, batch, self.rollout, seed, self.scorer, self.device, first_group)
+
     def _draw(self, batch: ProblemBatch) -> Rollout | None:
         """Responses to learn from, or None where more have to be drawn first (dynamic sampling)."""
         config = self.rollout
         seed = mix_seed(self.loading.seed, self.draws)
         held = sum(len(part) for part in self.waiting) // config.samples
-        drawn = collect(self.policy, batch, config, seed, self.scorer, self.device, held)
+        drawn = self.collect(batch, seed, held)
         self.draws += 1
+        self.tokens_drawn += int(summed(torch.tensor(float(drawn.new_tokens), device=self.device)))
         self.draws_waiting += 1
         self.tokens_read = int(drawn.mask.sum())
         self.latest = drawn
@@ -310,6 +316,7 @@ class PolicyGradient(PolicyMethod):
         self.log("rollout/length_mean", lengths.mean(), sync_dist=True)
         self.log("rollout/length_max", lengths.max(), reduce_fx="max", sync_dist=True)
         self.log("rollout/truncated", drawn.truncated.float().mean(), sync_dist=True)
+        self.log("rollout/tokens_total", float(self.tokens_drawn))
         self.log("time/rollout_s", seconds)
         self.log("time/rollout_tokens_per_s", float(lengths.sum()) / seconds)
 
@@ -339,7 +346,7 @@ class PolicyGradient(PolicyMethod):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        names = ("draws", "draws_waiting", "skipped", "dull", "kl_coef", "entropy_coef")
+        names = ("draws", "draws_waiting", "tokens_drawn", "skipped", "dull", "kl_coef", "entropy_coef")
         checkpoint[STATE_KEY] = {name: getattr(self, name) for name in names}
         if self.rollout.dynamic:
             checkpoint[WAITING_KEY] = gather_objects([part.state() for part in self.waiting])  # of each rank

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_core.generation import Completion, SamplingParams, TorchEngine
-from lit_core.generation.requests import StepHook
+from lit_core.generation.requests import FinishReason, StepHook
 from lit_core.samplers import mix_seed
+from lit_rl.functional.forest import Forest
 from lit_rl.functional.losses import overlong_penalty
 from lit_rl.modules.config import RolloutConfig
 from lit_rl.modules.layout import Sequences
@@ -33,6 +34,10 @@ class Rollout:
         log_probs: Of the engine, at the sampling temperature ``(B, T)``.
         truncated: Bool ``(B,)``, True where a response reached the most tokens.
         scores: Reward of each response ``(B,)``, float32, without what is lost by length.
+        new_tokens: Tokens that were drawn for them; what a branch has from its parent is not.
+        parents: Row that each response branched off, -1 for none, Long ``(B,)``; None where all are independent.
+        branches: At which token, Long ``(B,)``.
+        credit: Advantages that the sampler has found ``(B, T)``; None where they follow from the rewards.
     """
 
     problems: list[Problem]
@@ -44,6 +49,10 @@ class Rollout:
     log_probs: Tensor
     truncated: Tensor
     scores: Tensor
+    new_tokens: int = 0
+    parents: Tensor | None = None
+    branches: Tensor | None = None
+    credit: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -56,6 +65,7 @@ class Rollout:
     def take(self, rows: Sequence[int]) -> "Rollout":
         """Some of the rows."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self.mask.device)
+        forest = None if self.parents is None else self.forest.take(index)
         return Rollout(
             [self.problems[row] for row in rows],
             [self.texts[row] for row in rows],
@@ -66,7 +76,19 @@ class Rollout:
             self.log_probs[index],
             self.truncated[index],
             self.scores[index],
+            self.new_tokens,
+            None if forest is None else forest.parents,
+            None if forest is None else forest.branches,
+            None if self.credit is None else self.credit[index],
         )
+
+    @property
+    def forest(self) -> Forest:
+        """Which prefixes the responses share."""
+        lengths, groups = self.mask.sum(1), self.group_ids
+        if self.parents is None or self.branches is None:
+            return Forest.independent(lengths, groups)
+        return Forest(self.parents, self.branches, lengths, groups)
 
     def state(self) -> dict[str, Any]:
         """Everything in plain containers and tensors, for a checkpoint."""
@@ -148,19 +170,60 @@ def collect(
     problems = [problem for problem in batch.problems for _ in range(config.samples)]
     prompts = [prompt for prompt in batch.prompts for _ in range(config.samples)]
     groups = [first_group + number for number in range(len(batch)) for _ in range(config.samples)]
-    texts = [response_text(policy, completion.tokens) for completion in completions]
-    rewards = scorer.rewards(problems, texts)
+    return scored(policy, problems, prompts, groups, completions, config, scorer, device)
+
+
+class Drawn(Protocol):
+    """A response as an engine gives it."""
+
+    tokens: list[int]
+    log_probs: Tensor
+    finish_reason: FinishReason
+
+
+def scored(
+    policy: Policy,
+    problems: list[Problem],
+    prompts: Sequence[Sequence[int]],
+    groups: Sequence[int],
+    drawn: Sequence[Drawn],
+    config: RolloutConfig,
+    scorer: Scorer,
+    device: torch.device,
+    judged: Sequence[tuple[str, float]] | None = None,
+) -> Rollout:
+    """Responses with their rewards.
+
+    Args:
+        policy: Has drawn them.
+        problems: Of each response.
+        prompts: Token ids that each stands behind.
+        groups: Number of each one's group.
+        drawn: The responses.
+        config: How they were drawn.
+        scorer: Gives the rewards.
+        device: Where the tensors go.
+        judged: Text and reward of each where they are known.
+    """
+    if judged is None:
+        texts = [response_text(policy, response.tokens) for response in drawn]
+        rewards = scorer.rewards(problems, texts)
+    else:
+        texts, rewards = [text for text, _ in judged], [reward for _, reward in judged]
     scores = torch.tensor(rewards, dtype=torch.float32)
-    lengths = torch.tensor([len(completion.tokens) for completion in completions])
+    lengths = torch.tensor([len(response.tokens) for response in drawn])
     if config.overlong_buffer:
         scores += overlong_penalty(lengths, config.max_tokens, config.overlong_buffer, config.overlong_factor)
-    responses = pad_sequence([torch.tensor(completion.tokens) for completion in completions], batch_first=True)
-    log_probs = pad_sequence([completion.log_probs for completion in completions], batch_first=True)
+    responses = pad_sequence([torch.tensor(response.tokens) for response in drawn], batch_first=True)
+    log_probs = pad_sequence([response.log_probs for response in drawn], batch_first=True)
     mask = torch.arange(responses.shape[1]) < lengths[:, None]
-    truncated = torch.tensor([completion.finish_reason == "length" for completion in completions])
-    sequences = Sequences(prompts, [completion.tokens for completion in completions], groups)
-    tensors = (tensor.to(device) for tensor in (responses, mask, log_probs, truncated, scores))
-    return Rollout(problems, texts, sequences, rewards, *tensors)
+    truncated = torch.tensor([response.finish_reason == "length" for response in drawn])
+    sequences = Sequences(prompts, [response.tokens for response in drawn], groups)
+    responses, mask, log_probs, truncated, scores = (
+        tensor.to(device) for tensor in (responses, mask, log_probs, truncated, scores)
+    )
+    new_tokens = int(lengths.sum())
+    return Rollout(problems, texts, sequences, rewards, responses, mask, log_probs, truncated, scores, new_tokens)
 
 
 def informative(rollout: Rollout) -> list[int]:
@@ -176,6 +239,9 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
     if len(parts) == 1:
         return parts[0]
     width = max(part.mask.shape[1] for part in parts)
+    forest = Forest.concatenate([part.forest for part in parts])
+    grown = any(part.parents is not None for part in parts)
+    credited = all(part.credit is not None for part in parts)
 
     def padded(tensors: list[Tensor]) -> Tensor:
         return torch.cat([torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
@@ -190,4 +256,8 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         padded([part.log_probs for part in parts]),
         torch.cat([part.truncated for part in parts]),
         torch.cat([part.scores for part in parts]),
+        sum(part.new_tokens for part in parts),
+        forest.parents if grown else None,
+        forest.branches if grown else None,
+        padded([part.credit for part in parts if part.credit is not None]) if credited else None,
     )
