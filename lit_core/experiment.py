@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lit_core.errors import InputError
 from lit_core.files import read_json, write_json
@@ -116,6 +117,8 @@ class Experiment:
         curves: Names of recorded curves to plot; those of ``val/<table metric>`` if empty.
         jobs: Runs at a time that make the best of this machine; more than 1 where models are too small for its cores.
         notes: Further notes under the report's tables.
+        figures: Draws further figures of the report: from the folders of each arm that was run, by its name, to
+            matplotlib's figures by caption.
     """
 
     name: str
@@ -126,6 +129,7 @@ class Experiment:
     curves: tuple[str, ...] = ()
     jobs: int = 1
     notes: tuple[str, ...] = ()
+    figures: Callable[[Mapping[str, Sequence[Path]]], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         seen: dict[str, Arm] = {}

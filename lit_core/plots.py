@@ -39,7 +39,7 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def _axes(width: float, height: float, title: str, subtitle: str) -> Iterator[tuple["Figure", "Axes"]]:
+def canvas(width: float, height: float, title: str, subtitle: str) -> Iterator[tuple["Figure", "Axes"]]:
     """A figure of this size in inches with one plot; drawn without pyplot, so without a window or global state."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -85,7 +85,7 @@ def bar_with_intervals(report: Mapping[str, Any], metric: str) -> "Figure":
     entries = [arm["metrics"][metric] for _, arm in found]
     several = any(len(entry["per_seed"]) > 1 for entry in entries)
     subtitle = "mean and 95 % interval" + ("; circles: single seeds" if several else "")
-    with _axes(8.0, 1.3 + 0.42 * len(found), metric, subtitle) as (figure, axes):
+    with canvas(8.0, 1.3 + 0.42 * len(found), metric, subtitle) as (figure, axes):
         for row, ((index, _), entry) in enumerate(zip(found, entries, strict=True)):
             colour = COLOURS[index % len(COLOURS)]
             if entry["ci95"] is not None:
@@ -108,7 +108,7 @@ def differences(report: Mapping[str, Any]) -> "Figure":
     claims = report["claims"]
     if not claims:
         raise ValueError("the report holds no claims")
-    with _axes(8.0, 1.35 + 0.56 * len(claims), "Claims", "difference, arm minus baseline; 95 % interval") as (
+    with canvas(8.0, 1.35 + 0.56 * len(claims), "Claims", "difference, arm minus baseline; 95 % interval") as (
         figure,
         axes,
     ):
@@ -152,7 +152,7 @@ def curves(
     import numpy as np
 
     several = any(len(seeds) > 1 for seeds in runs.values())
-    with _axes(8.0, 4.2, name, "mean over seeds; band: range of the seeds" if several else "one seed") as (
+    with canvas(8.0, 4.2, name, "mean over seeds; band: range of the seeds" if several else "one seed") as (
         figure,
         axes,
     ):
@@ -214,7 +214,11 @@ def log_figures(folder: Path | str, figures: Mapping[str, "Figure"]) -> None:
 
 
 def write_figures(
-    root: Path | str, report: Mapping[str, Any], folders: Mapping[str, Sequence[Path]], curve_names: Sequence[str]
+    root: Path | str,
+    report: Mapping[str, Any],
+    folders: Mapping[str, Sequence[Path]],
+    curve_names: Sequence[str],
+    further: Mapping[str, "Figure"] | None = None,
 ) -> dict[str, str]:
     """Draw a report's figures: PNG files in ``root`` and images in ``root/tensorboard``.
 
@@ -223,6 +227,7 @@ def write_figures(
         report: Content of ``report.json``.
         folders: For each arm's title the folders of its seeds, whose ``curves.json`` are drawn where they exist.
         curve_names: Names of the curves to draw; those that no arm recorded are left out.
+        further: Figures of the experiment's own, by caption.
 
     Returns:
         Caption and file name of each figure.
@@ -244,6 +249,7 @@ def write_figures(
         runs = {title: seeds for title, seeds in runs.items() if seeds}
         if runs:
             figures[f"{name} over training"] = curves(runs, name, colours=colours)
+    figures |= further or {}
     names = {caption: f"{file_name(caption)}.png" for caption in figures}
     for caption, figure in figures.items():
         with atomic_path(root / names[caption]) as temporary:

@@ -180,7 +180,12 @@ class _Runner:
 
             names = experiment.curves or tuple(f"val/{metric}" for metric in experiment.table_metrics)
             folders = {arm.title: [self.job(arm.name, seed).folder for seed in arm.seeds] for arm in arms}
-            captions = write_figures(self.root, report, folders, names)
+            every = {
+                arm.name: [self.job(arm.name, seed).folder for seed in (self.seeds if arm.seeded else (0,))]
+                for arm in self.arms
+            }
+            further = experiment.figures(every) if experiment.figures else {}
+            captions = write_figures(self.root, report, folders, names, further)
         return report, write_report(self.root, report, captions)
 
 

@@ -327,6 +327,9 @@ class PolicyGradient(PolicyMethod):
         optimizer._on_before_step()
         optimizer._on_after_step()
         scheduler.step()  # type: ignore[union-attr]
+        budget = self.rollout.token_budget
+        if budget is not None and self.tokens_drawn >= budget:
+            self.trainer.should_stop = True
 
     def batch_tokens(self, batch: ProblemBatch) -> int:
         """Tokens of the responses that were drawn for a batch."""

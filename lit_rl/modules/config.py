@@ -43,6 +43,7 @@ class RolloutConfig:
         most_draws: Batches drawn for one update at most.
         overlong_buffer: The last tokens below ``max_tokens`` in which a response loses reward (DAPO); 0 for none.
         overlong_factor: Reward lost at ``max_tokens``.
+        token_budget: End the fit after the update by which so many tokens were drawn, on all ranks; null has no budget.
     """
 
     samples: int = 8
@@ -57,9 +58,11 @@ class RolloutConfig:
     most_draws: int = 10
     overlong_buffer: int = 0
     overlong_factor: float = 1.0
+    token_budget: int | None = None
 
     def __post_init__(self) -> None:
         at_least(1, samples=self.samples, max_tokens=self.max_tokens, most_draws=self.most_draws)
+        at_least(1, token_budget=self.token_budget)
         at_least(0, overlong_buffer=self.overlong_buffer)
         if not self.temperature > 0:
             raise InputError(f"must be above 0, got {self.temperature}", field="rollout.temperature")
