@@ -6,14 +6,15 @@ the dynamic cache, left padding, ``num_return_sequences=8``. It carries a copy o
 on until the longest response is done; tokens behind a response's end do not count for either side.
 
 On a CPU: the preset ``tiny-qwen3``, and two layers of the shape of Qwen2.5-0.5B, where the head is nearly all of the
-cost, both in float32. On a GPU (``--device cuda``): the shapes of Qwen2.5-0.5B and 1.5B with all layers, in bfloat16.
-That path has not been run yet; greedy responses may part at near ties there, so that only the log-probs decide.
+cost, both in float32. On a GPU (``--device cuda``): the shapes of Qwen2.5-0.5B and 1.5B with all layers, in bfloat16,
+with and without CUDA graphs of the decode steps. That path has not been run yet; greedy responses may part at near
+ties there, so that only the log-probs decide.
 """
 
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.harness import alternate, announce, arguments, print_table
@@ -128,25 +129,27 @@ def compare(name: str, case: Case, prompt_count: int, device: str, repetitions: 
     from lit_core.generation import SamplingParams, TorchEngine
 
     model = build(case.shape, device)
-    engine, vocabulary = TorchEngine(model), model.config.vocab_size
+    engine, vocabulary = TorchEngine(model, graphs=True if device == "cuda" else None), model.config.vocab_size
+    eager = TorchEngine(model, graphs=False)
     generator = random.Random(0)
     prompts = [generator.choices(range(vocabulary), k=generator.randint(8, 120)) for _ in range(prompt_count)]
     ends = generator.sample(range(vocabulary), vocabulary // ENDS_ONE_IN)
     params = SamplingParams(max_tokens=LONGEST, stop_ids=tuple(ends))
     inputs = padded(prompts, device)
     completions: list[list[Any]] = []
+    without: list[list[Any]] = []
     theirs: list[int] = []
-    times = alternate(
-        {
-            "ours": lambda: completions.append(engine.generate(prompts, params, SAMPLES, seeds=len(completions))),
-            "generate": lambda: theirs.append(drawn_by_generate(model, inputs, ends)),
-        },
-        repetitions,
-        warm=device == "cuda" or case.shape is None,
-    )
+    variants: dict[str, Callable[[], object]] = {
+        "ours": lambda: completions.append(engine.generate(prompts, params, SAMPLES, seeds=len(completions))),
+        "generate": lambda: theirs.append(drawn_by_generate(model, inputs, ends)),
+    }
+    if device == "cuda":
+        variants["no graphs"] = lambda: without.append(eager.generate(prompts, params, SAMPLES, seeds=len(without)))
+    times = alternate(variants, repetitions, warm=device == "cuda" or case.shape is None)
     tokens = {
         "ours": sum(len(completion.tokens) for found in completions[-repetitions:] for completion in found),
         "generate": sum(theirs[-repetitions:]),
+        "no graphs": sum(len(completion.tokens) for found in without[-repetitions:] for completion in found),
     }
     rates = {side: tokens[side] / sum(timing.cpu if device == "cpu" else timing.wall) for side, timing in times.items()}
     greedy = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=GREEDY_TOKENS))
@@ -161,6 +164,7 @@ def compare(name: str, case: Case, prompt_count: int, device: str, repetitions: 
         "responses": prompt_count * SAMPLES,
         "tokens": tokens["ours"] // repetitions,
         "ours tokens/s": round(rates["ours"]),
+        **({"no graphs tokens/s": round(rates["no graphs"])} if device == "cuda" else {}),
         "generate tokens/s": round(rates["generate"]),
         "times faster": ratio,
         "target": TARGET if case.shape is None else "",
@@ -177,6 +181,11 @@ def main() -> int:
     parser.add_argument("--device", choices=sorted(CASES), default="cpu")
     own, sys.argv[1:] = parser.parse_known_args()
     settings = arguments(__doc__)
+    if own.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: there is no GPU that torch can use")
     announce(
         "Rollout engine",
         ("torch", "transformers"),

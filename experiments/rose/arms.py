@@ -58,15 +58,15 @@ def build(setting: Setting) -> Experiment:
     needs = (START,) if needs_start(setting) else ()
     arms: list[Arm] = [start_arm(setting)] if needs else []
     arms += [_place_arm(setting, name, title, flags, needs) for name, (title, flags) in SCORES.items()]
-    arms += [_learning_arm(setting, *part, needs=needs) for part in LEARNING]
+    arms += [_learning_arm(setting, needs, *part) for part in LEARNING]
     arms.append(_same_tokens_arm(setting, needs))
     solved, metric = "success", f"pass@{setting.value(None, 'model.evaluation').samples}"
     claims = (
-        Claim("Semantic entropy branches at decisions more often than entropy", "decisions", "at_offdiag", "at_entropy"),
+        Claim("Semantic entropy branches at decisions more than entropy", "decisions", "at_offdiag", "at_entropy"),
         Claim("Semantic entropy (rao) does", "decisions", "at_rao", "at_entropy"),
         Claim("Semantic entropy gives more distinct answers than entropy", "distinct_answers", "at_offdiag",
               "at_entropy"),
-        Claim("Semantic entropy gives more groups with both outcomes than entropy", "mixed", "at_offdiag", "at_entropy"),
+        Claim("Semantic entropy gives more mixed groups than entropy", "mixed", "at_offdiag", "at_entropy"),
         *([Claim("ROSE solves more than its start", solved, "rose", START)] if needs else []),
         Claim("ROSE solves more than GRPO, as many responses", solved, "rose", "grpo"),
         Claim("ROSE solves more than GRPO, as many tokens", solved, SAME_TOKENS, "grpo"),
@@ -86,13 +86,13 @@ def build(setting: Setting) -> Experiment:
     )  # fmt: skip
     table = (*TABLE[:1], metric, "correct_length", "entropy", "decisions", "connectors", "distinct_answers", "mixed",
              "entropy_percentile", "tokens_drawn")  # fmt: skip
-    curves = ("val/success", f"val/{metric}", "val/length", "val/entropy", "rollout/all_equal", "tree/entropy_percentile",
-              "rollout/table_cosine")  # fmt: skip
+    curves = ("val/success", f"val/{metric}", "val/length", "val/entropy", "rollout/all_equal", "rollout/table_cosine",
+              "tree/entropy_percentile")  # fmt: skip
     notes = (
         "Branching arms draw trees with the start's weights; their intervals are over problems. 'decisions' and "
         "'connectors' are shares of the branches, 'mixed' that of groups with both outcomes.",
-        "Every learning arm has the start, problems, responses a prompt, learning rate, steps and clipping of the others "
-        f"(where its method does not say otherwise); '{SAME_TOKENS}' goes on until it has drawn as many tokens as GRPO.",
+        "Every learning arm has the start, problems, responses a prompt, learning rate, steps and clipping of the "
+        f"others, where its method does not say otherwise; '{SAME_TOKENS}' goes on until it has drawn GRPO's tokens.",
         "A tree with its rewards and advantages stands in at_offdiag/seed0.",
     )  # fmt: skip
     jobs = side_by_side(setting)
@@ -116,7 +116,7 @@ def _place_arm(setting: Setting, name: str, title: str, flags: Sequence[str], ne
 
 
 def _learning_arm(
-    setting: Setting, name: str, title: str, flags: Sequence[str], main: bool, needs: tuple[str, ...]
+    setting: Setting, needs: tuple[str, ...], name: str, title: str, flags: Sequence[str], main: bool
 ) -> Arm:
     def run(context: ArmContext) -> None:
         train(setting, context, flags, extra=lambda cli: {"tokens_drawn": float(cli.model.tokens_drawn)})

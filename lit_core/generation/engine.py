@@ -10,6 +10,7 @@ from torch import nn
 from lit_core.backbones import unwrap
 from lit_core.errors import InputError
 from lit_core.generation.generic_cache import GenericCache
+from lit_core.generation.graphs import CudaCapture, obstacle
 from lit_core.generation.growth import Growth, Planner, Response
 from lit_core.generation.requests import Completion, Request, StepHook
 from lit_core.generation.run import Cache, Group, Run, grouped
@@ -35,10 +36,20 @@ class TorchEngine:
         tokenizer: Needed for stop strings, and for padding in models of other families.
         kv_tokens: Most tokens that the cache holds, which bounds the memory; the rest waits.
         generic: Use the model's own forward pass and cache in any case.
+        graphs: Capture decode steps in CUDA graphs: None where the model is one that allows it, True to be told if it
+            does not.
+
+    Raises:
+        InputError: The model has no head, a number is out of range, or graphs are asked for where there can be none.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any = None, kv_tokens: int = KV_TOKENS, generic: bool = False
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        kv_tokens: int = KV_TOKENS,
+        generic: bool = False,
+        graphs: bool | None = None,
     ) -> None:
         if kv_tokens < 1:
             raise InputError(f"must be at least 1, got {kv_tokens}", field="kv_tokens")
@@ -46,6 +57,9 @@ class TorchEngine:
             raise InputError(f"{type(unwrap(model)).__name__} has no language-model head to draw tokens from")
         self.model, self.tokenizer, self.kv_tokens = model, tokenizer, kv_tokens
         self.shared = not generic and is_supported(model)
+        self.graphs = graphs
+        if graphs and (reason := self._obstacle()) is not None:
+            raise InputError(f"decode steps cannot be captured: {reason}", field="graphs")
 
     def generate(
         self,
@@ -161,6 +175,14 @@ class TorchEngine:
         ):
             yield
 
+    def _obstacle(self) -> str | None:
+        """Why decode steps cannot be captured; asked anew for each call, as models change."""
+        if not self.shared:
+            return "the model runs through its own cache"
+        if _device(self.model).type != "cuda":
+            return f"the model is on {_device(self.model)}, not on a GPU"
+        return obstacle(self.model)
+
     def _cache(self, requests: Sequence[Request], groups: list[Group]) -> Cache:
         """A cache with as many slots as the budget allows, at most as many as there are requests."""
         read = max(len(group.tokens) for group in groups)
@@ -173,7 +195,7 @@ class TorchEngine:
         if fitting == 0:  # not even all samples of one prompt: as many as fit
             prompts, most_rows = 1, min(rows, (self.kv_tokens - read) // drawn)
         if self.shared:
-            return SharedCache(self.model, prompts, most_rows, read, drawn)
+            return self._shared_cache(prompts, most_rows, read, drawn)
         return self._generic_cache(min(len(requests), self.kv_tokens // (read + drawn)))
 
     def _tree_cache(self, prompts: Sequence[Sequence[int]], planner: Planner, drawn: int, reuse: bool) -> Cache:
@@ -183,11 +205,16 @@ class TorchEngine:
             each = read + (planner.width + planner.responses) * drawn  # running rows, and what branches may begin from
             self._check_budget(each, f"prompt ({read}) and a tree of {planner.responses} responses of {drawn} tokens")
             trees = min(len(prompts), self.kv_tokens // each)
-            return SharedCache(self.model, trees, trees * planner.width, read, drawn)
+            return self._shared_cache(trees, trees * planner.width, read, drawn)
         read += drawn - 1  # a prefix leaves one token to draw
         self._check_budget(read + drawn, f"prompt and prefix ({read}) and a response ({drawn})")
         rows = min(len(prompts) * planner.width, self.kv_tokens // (read + drawn))
-        return SharedCache(self.model, rows, rows, read, drawn) if self.shared else self._generic_cache(rows)
+        return self._shared_cache(rows, rows, read, drawn) if self.shared else self._generic_cache(rows)
+
+    def _shared_cache(self, prompts: int, rows: int, read: int, drawn: int) -> SharedCache:
+        captured = self.graphs is not False and self._obstacle() is None
+        capture = CudaCapture(_device(self.model)) if captured else None
+        return SharedCache(self.model, prompts, rows, read, drawn, capture)
 
     def _generic_cache(self, rows: int) -> GenericCache:
         return GenericCache(self.model, max(1, rows), getattr(self.tokenizer, "pad_token_id", None) or 0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_core.backbones import text_model, unwrap
+from lit_core.generation.graphs import Capture, Layout, StepGraphs, rounded
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # others change with the length of the text
@@ -51,11 +52,21 @@ class SharedCache:
         rows: Slots for rows.
         prompt_length: Most tokens of a prompt.
         response_length: Most tokens of a response.
+        capture: Records decode steps (see :class:`StepGraphs`). Then the step is padded: with rows in the free slots
+            behind the running ones, and with prompts that no row belongs to.
     """
 
     joins_running = True  # new rows can enter beside running ones
 
-    def __init__(self, model: nn.Module, prompts: int, rows: int, prompt_length: int, response_length: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: int,
+        rows: int,
+        prompt_length: int,
+        response_length: int,
+        capture: Capture | None = None,
+    ) -> None:
         inner = text_model(model)
         self.inner, self.head = inner, unwrap(model).get_output_embeddings()
         attention = inner.layers[0].self_attn
@@ -64,7 +75,8 @@ class SharedCache:
         self.group = inner.config.num_attention_heads // self.kv_heads
         weight = inner.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.bucketed = self.device.type == "cuda"
+        self.graphs = None if capture is None else StepGraphs(capture)
+        self.bucketed = self.device.type == "cuda" or self.graphs is not None
         layers = len(inner.layers)
 
         def buffers(slots: int, length: int) -> list[Tensor]:
@@ -165,8 +177,16 @@ class SharedCache:
         """Take the last token of each row (Long ``(B,)``) and return the logits of the next ``(B, V)``."""
         length = max(self.lengths) + 1
         if self.bucketed:
-            length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, self.cache[0].shape[3])
-        logits = self._step(tokens, length)
+            length = _read_length(length, self.cache)
+        states = self.inner.embed_tokens(tokens)
+        if self.graphs is None:
+            same = self.lengths[0] if not self.bucketed and len(set(self.lengths)) == 1 else None
+            states = self._decode(states, self.held, self.layout, length, same)
+        else:
+            # the embeddings may have hooks; the head's logits would take a buffer a graph, and callers may keep them
+            padded = F.pad(states, (0, 0, 0, len(self.held) - len(states)))
+            states = self.graphs(self._decode, padded, self.held, self.layout, length)[: len(states)]
+        logits = self.head(states)
         self.lengths = [held + 1 for held in self.lengths]
         self.held += 1
         return logits
@@ -202,18 +222,27 @@ class SharedCache:
         for row, slot in enumerate(self.slots):
             place.append((slot, len(members[slot])))
             members[slot].append(row)
-        self.width = max(len(rows) for rows in members)
-        grid = torch.tensor([[*rows, *[0] * (self.width - len(rows))] for rows in members], device=self.device)
-        slots, ranks = torch.tensor(place, device=self.device).T[..., None]
+        width, longest = max(len(rows) for rows in members), max(self.prompt_lengths)
+        slots, lengths, held = self.slots, self.prompt_lengths, self.lengths
+        if self.graphs is not None:
+            # rows of padding write to free slots, never further than the longest row, and read what somebody sees
+            more = min(rounded(len(slots)), self.most_rows) - len(slots)
+            slots, held, place = slots + [0] * more, held + [0] * more, place + [(0, 0)] * more
+            more = min(rounded(len(lengths)), self.most_prompts) - len(lengths)
+            lengths, members = lengths + [1] * more, members + [[]] * more
+            width, longest = rounded(width), _read_length(longest, self.prompt_cache)
+        grid = torch.tensor([[*rows, *[0] * (width - len(rows))] for rows in members], device=self.device)
+        owners, ranks = torch.tensor(place, device=self.device).T[..., None]
         heads = torch.arange(self.kv_heads, device=self.device)
-        self.grid = (grid[:, None] * self.kv_heads + heads[:, None]).flatten()  # row and head at (P, H, n)
-        self.place = ((slots * self.kv_heads + heads) * self.width + ranks).flatten()  # where (B, H) stands in it
-        lengths = torch.tensor(self.prompt_lengths, device=self.device)
-        self.longest_prompt = max(self.prompt_lengths)
-        hidden = torch.arange(self.longest_prompt, device=self.device) >= lengths[:, None]
-        self.prompt_mask = self._additive(hidden)[:, None, None]  # (P, 1, 1, L)
-        self.offsets = lengths[torch.tensor(self.slots, device=self.device)]
-        self.held = torch.tensor(self.lengths, device=self.device)
+        tokens = torch.tensor(lengths, device=self.device)
+        hidden = torch.arange(longest, device=self.device) >= tokens[:, None]
+        self.layout = Layout(
+            offsets=tokens[torch.tensor(slots, device=self.device)],
+            grid=(grid[:, None] * self.kv_heads + heads[:, None]).flatten(),
+            place=((owners * self.kv_heads + heads) * width + ranks).flatten(),
+            prompt_mask=self._additive(hidden)[:, None, None],
+        )
+        self.held = torch.tensor(held, device=self.device)
 
     def _additive(self, hidden: Tensor) -> Tensor:
         return torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)
@@ -239,38 +268,45 @@ class SharedCache:
         self.last_states[places] = last
         return self.head(last)
 
-    def _step(self, tokens: Tensor, length: int) -> Tensor:
-        count = len(tokens)
+    def _decode(self, states: Tensor, held: Tensor, layout: Layout, length: int, same: int | None = None) -> Tensor:
+        """All layers for one token a row ``(B, D)``, which enters the cache; may be captured, see :class:`StepGraphs`.
+
+        Args:
+            states: Embeddings ``(B, D)``.
+            held: Response tokens of each row that the cache holds, Long ``(B,)``.
+            layout: Of rows and prompts.
+            length: Read of the rows' caches.
+            same: The number that all rows hold, where that is known.
+        """
+        count = len(states)
         rows = torch.arange(count, device=self.device)
-        positions = self.offsets + self.held
+        positions = layout.offsets + held
         cos, sin = self.cos[positions, None], self.sin[positions, None]  # (B, 1, D)
-        same = self.lengths[0] if not self.bucketed and len(set(self.lengths)) == 1 else None
         mask = None  # not needed where all rows hold as many tokens
         if same is None:
-            ahead = torch.arange(length, device=self.device) > self.held[:, None]
+            ahead = torch.arange(length, device=self.device) > held[:, None]
             mask = self._additive(ahead)[:, None, None]  # (B, 1, 1, L)
-        states = self.inner.embed_tokens(tokens)
         for number, layer in enumerate(self.inner.layers):
             queries, *pair = self._projections(number, states, cos, sin)
             for cache, new in zip(self.cache[number], pair, strict=True):
                 if same is None:
-                    cache[rows, :, self.held] = new
+                    cache[rows, :, held] = new
                 else:
                     cache[:count, :, same] = new  # the same without an index
             queries = queries.view(count, self.kv_heads, self.group, self.head_dim)
             own = _attend(queries, self.cache[number][:, :count, :, :length], mask)
-            mixed = _merged(self._attend_to_prompts(number, queries), own)
+            mixed = _merged(self._attend_to_prompts(number, queries, layout), own)
             states = self._finish_layer(layer, states, mixed.flatten(1).to(states.dtype))
-        return self.head(self.inner.norm(states))
+        return self.inner.norm(states)
 
-    def _attend_to_prompts(self, number: int, queries: Tensor) -> Part:
+    def _attend_to_prompts(self, number: int, queries: Tensor, layout: Layout) -> Part:
         """Queries ``(B, H, G, D)`` of all rows of a prompt together, against its keys, which are read once."""
-        prompts, length = len(self.prompt_lengths), self.longest_prompt
-        shape = (prompts, self.kv_heads, self.width * self.group, self.head_dim)
-        gathered = queries.flatten(0, 1).index_select(0, self.grid).view(shape)
-        part = _attend(gathered, self.prompt_cache[number][:, :prompts, :, :length], self.prompt_mask)
-        apart = (tensor.view(len(self.grid), self.group, -1) for tensor in part)
-        return Part(*(tensor.index_select(0, self.place).view(*queries.shape[:3], -1) for tensor in apart))
+        prompts, _, _, length = layout.prompt_mask.shape
+        gathered = queries.flatten(0, 1).index_select(0, layout.grid)
+        gathered = gathered.view(prompts, self.kv_heads, -1, self.head_dim)
+        part = _attend(gathered, self.prompt_cache[number][:, :prompts, :, :length], layout.prompt_mask)
+        apart = (tensor.view(len(layout.grid), self.group, -1) for tensor in part)
+        return Part(*(tensor.index_select(0, layout.place).view(*queries.shape[:3], -1) for tensor in apart))
 
     def _projections(self, number: int, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated and scaled queries ``(..., heads, D)``; rotated keys and values ``(..., H, D)``."""
@@ -320,6 +356,11 @@ def _attend(queries: Tensor, cache: Tensor, mask: Tensor | None) -> Part:
 def _merged(one: Part, two: Part) -> Tensor:
     """Attention over the keys of both parts ``(B, H, G, D)``."""
     return torch.lerp(one.outputs, two.outputs, (two.normaliser - one.normaliser).sigmoid())
+
+
+def _read_length(length: int, buffers: list[Tensor]) -> int:
+    """How far buffers ``(2, slots, H, L, D)`` are read for so many tokens."""
+    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, buffers[0].shape[3])
 
 
 def _filled_gaps(kept: Sequence[int]) -> list[int]:

@@ -62,7 +62,7 @@ class SegmentTree:
             length = len(responses[number].tokens)
             level = length // self.config.segment
             if level < len(factors):
-                plan += [(number, length, self._limit(length, level + len(factors) == 1))] * factors[level]
+                plan += [(number, length, self._limit(length, level + 1 == len(factors)))] * factors[level]
         return plan
 
     def _by_budget(
