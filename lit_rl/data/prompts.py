@@ -16,6 +16,7 @@ from lit_core.loader import ResumableLoader, plain_loader
 from lit_core.progress import track
 from lit_core.samplers import HomogeneousBatchSampler, permutation
 from lit_rl.data.countdown import CountdownConfig, countdown_problems
+from lit_rl.data.countdown_steps import written_steps
 from lit_rl.problems import Problem, ProblemBatch, PromptConfig
 from lit_rl.rewards.math import gold_answer
 from lit_rl.rewards.tasks import TASKS
@@ -81,8 +82,8 @@ class PromptDataModule(LightningDataModule):
         path: ``countdown`` (the built-in problems), a ``.jsonl`` file, a folder with ``train.jsonl`` (and perhaps
             ``val.jsonl`` and ``test.jsonl``), or a Hugging Face dataset.
         task: Name of the task, which says what fields a row needs: ``countdown``, ``countdown_bare``,
-            ``countdown_compatible`` (numbers, target), ``math`` (question or problem, answer or solution),
-            ``instructions`` (prompt, instruction_id_list, kwargs), ``preference`` (prompt).
+            ``countdown_steps``, ``countdown_compatible`` (numbers, target), ``math`` (question or problem, answer or
+            solution), ``instructions`` (prompt, instruction_id_list, kwargs), ``preference`` (prompt).
         val_path: File with the problems of validation.
         test_path: File with the problems of the test.
         batch_size: Prompts that a device draws responses to at a time.
@@ -259,12 +260,13 @@ class PromptDataModule(LightningDataModule):
         if solution is not None and self.task == "math" and gold_answer(solution) == solution.strip():
             solution = None  # the bare answer is no example of how to reason
         if solution is not None and self.path == BUILT_IN:
-            solution = _spoken(self.task, solution)
+            solution = self._spoken(solution, row["numbers"], number)
         return Problem(number, self.task, prompt, row, solution)
 
-
-def _spoken(task: str, expression: str) -> str:
-    """A built-in solution as a response."""
-    if task == "countdown_bare":
-        return expression.replace(" ", "")
-    return f"<think>{expression}</think> <answer>{expression}</answer>"
+    def _spoken(self, expression: str, numbers: list[int], problem: int) -> str:
+        """A built-in solution as a response."""
+        if self.task == "countdown_bare":
+            return expression.replace(" ", "")
+        if self.task == "countdown_steps":
+            return written_steps(expression, numbers, self.countdown.seed, problem)
+        return f"<think>{expression}</think> <answer>{expression}</answer>"

@@ -8,6 +8,7 @@ from typing import Any
 from lit_core.errors import InputError
 from lit_rl.rewards.arithmetic import evaluate
 from lit_rl.rewards.countdown import ANSWER, countdown_reward, expression_reward
+from lit_rl.rewards.countdown_steps import steps_answer, steps_reward
 from lit_rl.rewards.instructions import all_instructions_reward, check_instructions
 from lit_rl.rewards.math import final_answer, gold_answer, math_reward
 
@@ -113,6 +114,11 @@ TASKS: dict[str, Task] = {
     ),
     "countdown_bare": Task(  # for models of a few thousand parameters: numbers and target, then the expression alone
         _bare_prompt, lambda row, response: expression_reward(response, *_countdown(row)), _expression
+    ),
+    "countdown_steps": Task(  # for the same models: written steps, with words between them that may be swapped
+        _bare_prompt,
+        lambda row, response: steps_reward(response, *_countdown(row)),
+        lambda row, response: steps_answer(response, _countdown(row)[0]),
     ),
     "math": Task(
         lambda row: MATH_PROMPT.format(question=field(row, "question", "problem", "prompt")),

@@ -28,6 +28,14 @@ def test_bare_countdown() -> None:
     assert task.answer(COUNTDOWN, "3-2<|im_start|>-1") is None
 
 
+def test_countdown_in_steps() -> None:
+    task = TASKS["countdown_steps"]
+    assert task.prompt({"nums": [3, 5, 7], "target": 36}) == "3,5,7=36:"
+    assert reward("countdown_steps", COUNTDOWN, "so 1+2=3 do 3/3=1") == 1
+    assert task.answer(COUNTDOWN, "so 2+1=3 do 3-3=0") == "(+1+2-3)"
+    assert task.answer(COUNTDOWN, "so 2+1=3") is None
+
+
 def test_math_reads_both_kinds_of_gold_answers() -> None:
     assert "How many?" in TASKS["math"].prompt({"question": "How many?"})
     assert reward("math", {"answer": "so 70 + 2\n#### 72"}, "it is \\boxed{72}") == 1
