@@ -106,8 +106,8 @@ class PolicyGradient(PolicyMethod):
 
     def configure_model(self) -> None:
         super().configure_model()
-        if self.update.layout == "shared" and not self.policy.shares_prompts:
-            raise InputError("this backbone, or its attention, cannot share prompts", field="update.layout")
+        if self.update.layout in ("shared", "trie") and not self.policy.shares_prompts:
+            raise InputError("this backbone, or its attention, cannot share prompts or prefixes", field="update.layout")
         self.term = Exploration(self.exploration, int(unwrap(self.policy.model).config.vocab_size))
         self.surrogate = Surrogate(self.loss, self.term)
         sharded = self.device_mesh is not None

@@ -149,7 +149,8 @@ class UpdateConfig:
         epochs: Passes over it.
         mini_batches: Optimizer steps a pass; the groups are dealt out anew in each.
         micro_tokens: Tokens of one forward pass, padding counted; None takes 2,048 on a CPU and 16,384 on a GPU.
-        layout: Length-sorted chunks, prompts shared by their group, or whichever reads fewer tokens.
+        layout: Length-sorted chunks; prompts shared by their group; a trie, in which responses share their common
+            prefixes too; or what promises to be fastest.
     """
 
     epochs: int = 1

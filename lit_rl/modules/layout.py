@@ -1,8 +1,8 @@
-"""Training batches: responses in length-sorted chunks, or behind a prompt that their group shares.
+"""Training batches: responses in length-sorted chunks, behind a prompt that their group shares, or as a trie behind it.
 
-Only the states before response tokens are wanted. Both layouts give the same ones: a chunk of rows padded on the right
+Only the states before response tokens are wanted. All layouts give the same ones: a chunk of rows padded on the right
 under plain causal attention, or a row a group, ``prompt, response 1, response 2, ...``, in which each response sees the
-prompt and itself.
+prompt and itself, or such a row with what responses have in common read once.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lit_core.tokens import plan_chunks, plan_equal_chunks
+from lit_rl.modules.trie import Nodes, Tree, grow, join
 
-Layout = Literal["auto", "sorted", "shared"]
+Layout = Literal["auto", "sorted", "shared", "trie"]
 SHARED_GAIN = 0.8  # a shared prompt has to save this much, as its attention needs an explicit mask
+TOKEN_PAIRS = 512  # pairs of attention that cost as much as what else is done for a token; 500 to 1,000 in tiny models
 SHARED_LENGTH = 4096  # tokens of a row with a shared prompt: the mask is their square
 
 
@@ -28,21 +31,33 @@ class Chunk:
             keeps ranks in step.
         input_ids: Long ``(B, L)``.
         positions: Long ``(B, L)``.
-        mask: Bool ``(B, 1, L, L)``, True = may see; None for plain causal attention.
+        ends: Place in its row from which on nothing sees a token any more, Long ``(B, L)``; None for plain causal
+            attention.
         states: Where in the flattened ``(B * L)`` the state before each response token stands, Long ``(N,)``: all of
             the first row's tokens, then the second's.
+        nodes: Which of these tokens follow the same prefix and are the same, so that the head may do one for all; None
+            where none do.
     """
 
     rows: list[int]
     input_ids: Tensor
     positions: Tensor
-    mask: Tensor | None
+    ends: Tensor | None
     states: Tensor
+    nodes: Nodes | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens that the model reads, padding counted."""
         return self.input_ids.numel()
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Bool ``(B, 1, L, L)``, True = may see; None for plain causal attention. Built anew, as it is large."""
+        if self.ends is None:
+            return None
+        places = torch.arange(self.ends.shape[1], device=self.ends.device)
+        return ((places <= places[:, None]) & (places[:, None] < self.ends[:, None])).unsqueeze(1)
 
 
 @dataclass
@@ -80,7 +95,8 @@ class Sequences:
             rows: Rows to read, each once; those with an empty response come out with no token.
             budget: Tokens of a chunk, padding counted; a longer row or group is a chunk of its own.
             device: Where the tensors go.
-            layout: ``auto`` takes the one that reads fewer tokens.
+            layout: ``auto`` takes the trie, which without a shared token is ``shared``, or ``sorted``, where the
+                trie's longer rows cost more than the tokens that they spare.
             equal: Every rank makes equally many chunks, as sharded models need; these are length-sorted.
         """
         if not rows:
@@ -90,30 +106,28 @@ class Sequences:
             plan, idle = plan_equal_chunks(lengths, budget, device)
             chunks = [self._sorted([rows[number] for number in chunk], device) for chunk in plan]
             return chunks + [self._idle([rows[number] for number in chunk], device) for chunk in idle]
-        if layout == "sorted" or (layout == "auto" and not self._sharing_saves(rows, budget)):
+        trees = [] if layout == "sorted" else self._trees(rows, merge=layout != "shared")
+        if layout == "sorted" or (layout == "auto" and not self._sharing_saves(rows, trees, budget)):
             plan = plan_chunks(self._lengths(rows), budget)
             return [self._sorted([rows[number] for number in chunk], device) for chunk in plan]
-        return self._shared_chunks(rows, budget, device)
+        plan = plan_chunks([len(tree) for tree in trees], budget)
+        return [_joined([trees[number] for number in chunk], device) for chunk in plan]
 
     def _lengths(self, rows: Sequence[int]) -> list[int]:
         """Tokens that are read of each row: all but the last, which predicts nothing."""
         return [len(self.prompts[row]) + max(len(self.responses[row]) - 1, 0) for row in rows]
 
-    def _sharing_saves(self, rows: Sequence[int], budget: int) -> bool:
-        packs = self._packs(rows)
-        shared = [self._pack_length(pack) for pack in packs]
-        if max(shared) > SHARED_LENGTH:
-            return False
-        return _padded(shared, budget) < SHARED_GAIN * _padded(self._lengths(rows), budget)
-
-    def _packs(self, rows: Sequence[int]) -> list[list[int]]:
-        packs: dict[int, list[int]] = {}
+    def _trees(self, rows: Sequence[int], merge: bool) -> list[Tree]:
+        packs: dict[int, dict[int, Sequence[int]]] = {}
         for row in rows:
-            packs.setdefault(self.groups[row], []).append(row)
-        return list(packs.values())
+            packs.setdefault(self.groups[row], {})[row] = self.responses[row]
+        return [grow(self.prompts[next(iter(pack))], pack, merge) for pack in packs.values()]
 
-    def _pack_length(self, pack: Sequence[int]) -> int:
-        return len(self.prompts[pack[0]]) + sum(max(len(self.responses[row]) - 1, 0) for row in pack)
+    def _sharing_saves(self, rows: Sequence[int], trees: Sequence[Tree], budget: int) -> bool:
+        lengths = [len(tree) for tree in trees]
+        if max(lengths) > SHARED_LENGTH:
+            return False
+        return _cost(lengths, budget) < SHARED_GAIN * _cost(self._lengths(rows), budget)
 
     def _sorted(self, rows: list[int], device: torch.device) -> Chunk:
         texts = [
@@ -134,38 +148,21 @@ class Sequences:
         chunk = self._sorted(rows, device)
         return Chunk([], chunk.input_ids, chunk.positions, None, chunk.states[:0])
 
-    def _shared_chunks(self, rows: Sequence[int], budget: int, device: torch.device) -> list[Chunk]:
-        packs = self._packs(rows)
-        plan = plan_chunks([self._pack_length(pack) for pack in packs], budget)
-        return [self._shared([packs[number] for number in chunk], device) for chunk in plan]
 
-    def _shared(self, packs: list[list[int]], device: torch.device) -> Chunk:
-        width = max(self._pack_length(pack) for pack in packs)
-        ids, positions, owners, states = [], [], [], list[int]()
-        for place, pack in enumerate(packs):
-            prompt = self.prompts[pack[0]]
-            text, position, owner = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-            for number, row in enumerate(pack, start=1):
-                response = self.responses[row]
-                start = place * width + len(text)
-                if response:
-                    states.append(place * width + len(prompt) - 1)
-                    states += range(start, start + len(response) - 1)
-                    text += response[:-1]
-                    position += range(len(prompt), len(prompt) + len(response) - 1)
-                    owner += [number] * (len(response) - 1)
-            padding = width - len(text)
-            ids.append(text + [0] * padding)
-            positions.append(position + [0] * padding)
-            owners.append(owner + [-1] * padding)
-        owned = torch.tensor(owners, device=device)
-        same = (owned[:, :, None] == owned[:, None, :]) | (owned[:, None, :] == 0)
-        mask = (same & torch.ones(width, width, dtype=torch.bool, device=device).tril()).unsqueeze(1)
-        rows = [row for pack in packs for row in pack]
-        index = torch.tensor(states, dtype=torch.long, device=device)
-        return Chunk(rows, torch.tensor(ids, device=device), torch.tensor(positions, device=device), mask, index)
+def _joined(trees: Sequence[Tree], device: torch.device) -> Chunk:
+    width = max(map(len, trees))
+    ids, positions = (
+        pad_sequence(parts, batch_first=True).to(device)
+        for parts in ([tree.input_ids for tree in trees], [tree.positions for tree in trees])
+    )
+    ends = pad_sequence([tree.ends for tree in trees], batch_first=True, padding_value=width).to(device)
+    states = torch.cat([tree.states + place * width for place, tree in enumerate(trees)])
+    rows = [row for tree in trees for row in tree.rows]
+    nodes = join([tree.nodes for tree in trees])
+    return Chunk(rows, ids, positions, ends, states.to(device), nodes and Nodes(*(part.to(device) for part in nodes)))
 
 
-def _padded(lengths: Sequence[int], budget: int) -> int:
-    """Tokens that length-sorted chunks have, padding counted."""
-    return sum(len(chunk) * lengths[chunk[0]] for chunk in plan_chunks(lengths, budget))
+def _cost(lengths: Sequence[int], budget: int) -> float:
+    """Of reading length-sorted chunks, padding counted, in tokens."""
+    widths = [lengths[chunk[0]] for chunk in plan_chunks(lengths, budget) for _ in chunk]
+    return sum(width + width**2 / TOKEN_PAIRS for width in widths)

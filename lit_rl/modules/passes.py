@@ -49,7 +49,7 @@ class Passes:
         """Log-probabilities under the present weights ``(B, T)``."""
 
         def compute(chunk: Chunk, targets: Tensor) -> Tensor:
-            return self.policy.log_probs(self.policy.states(chunk), targets).log_probs
+            return self.policy.log_probs(self.policy.states(chunk), targets, nodes=chunk.nodes).log_probs
 
         return self.by_token(sequences, responses, mask, compute)
 
@@ -67,9 +67,8 @@ class Passes:
         for chunk in self.chunks(experience.sequences, rows, device):
             index = torch.tensor(chunk.rows, dtype=torch.long, device=device)
             kept = experience.mask[index]
-            found = self.policy.log_probs(
-                self.policy.states(chunk), experience.responses[index][kept], term.needs_entropy
-            )
+            targets = experience.responses[index][kept]
+            found = self.policy.log_probs(self.policy.states(chunk), targets, term.needs_entropy, nodes=chunk.nodes)
             for whole, values in ((log_probs, found.log_probs), (entropies, found.entropy)):
                 if values is not None:
                     part = torch.zeros(kept.shape, device=device)

@@ -23,6 +23,7 @@ from lit_core.generation.shared_cache import is_supported
 from lit_core.lm_head import TokenLogProbs, Truncation, token_log_probs
 from lit_core.sharding import full_tensor, shard, tie_head
 from lit_rl.modules.layout import Chunk
+from lit_rl.modules.trie import Nodes
 
 
 class Policy(nn.Module):
@@ -105,13 +106,23 @@ class Policy(nn.Module):
         entropy: bool = False,
         truncation: Truncation | None = None,
         model: nn.Module | None = None,
+        nodes: Nodes | None = None,
     ) -> TokenLogProbs:
-        """Log-probabilities of tokens at the temperature, from the states before them; see ``token_log_probs``."""
+        """Log-probabilities of tokens at the temperature, from the states before them; see ``token_log_probs``.
+
+        With ``nodes`` the head's work is done once for tokens that are the same node of a trie.
+        """
         head = unwrap(self.model if model is None else model).get_output_embeddings()
         bias = getattr(head, "bias", None)
         weight = full_tensor(head.weight)
         bias = None if bias is None else full_tensor(bias)
-        return token_log_probs(states, weight, targets, bias, entropy, truncation, self.temperature)
+        if nodes is None:
+            return token_log_probs(states, weight, targets, bias, entropy, truncation, self.temperature)
+        found = token_log_probs(
+            states[nodes.first], weight, targets[nodes.first], bias, entropy, truncation, self.temperature
+        )
+        entropies = (None if values is None else values[nodes.number] for values in found[1:])
+        return TokenLogProbs(found.log_probs[nodes.number], *entropies)
 
     @torch.no_grad()
     def reference_log_probs(self, chunk: Chunk, targets: Tensor) -> Tensor:
@@ -119,7 +130,7 @@ class Policy(nn.Module):
         frozen = self.model if self.adapted else self.frozen
         peft: Any = self.model
         with peft.disable_adapter() if self.adapted else nullcontext():
-            return self.log_probs(self.states(chunk, frozen), targets, model=frozen).log_probs
+            return self.log_probs(self.states(chunk, frozen), targets, model=frozen, nodes=chunk.nodes).log_probs
 
 
 def states_before(model: nn.Module, chunk: Chunk) -> Tensor:

@@ -91,7 +91,8 @@ class Surrogate:
         rows = chunk.rows
         mask = experience.mask[torch.tensor(rows, dtype=torch.long, device=states.device)]
         targets = rows_of(experience.responses, rows)[mask]  # type: ignore[index]
-        found = policy.log_probs(states, targets, self.term.needs_entropy, self.term.truncation)
+        term = self.term
+        found = policy.log_probs(states, targets, term.needs_entropy, term.truncation, nodes=chunk.nodes)
         if not rows:  # an idle chunk: a gradient of 0 for every weight
             return found.log_probs.sum() + states.sum() * 0
         log_probs = spread(found.log_probs, mask)

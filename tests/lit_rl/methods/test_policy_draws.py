@@ -246,9 +246,10 @@ def test_a_full_checkpoint_leaves_the_reference_out(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="grpo compares the samples of a prompt: at least 2, got 1"):
         build(GRPO, rollout=replace(ROLLOUT, samples=1))
-    module = build(GRPO, update=UpdateConfig(layout="shared"))
-    module.configure_model()
-    module.policy.model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(InputError, match="this backbone, or its attention, cannot share prompts"):
+    for layout in ("shared", "trie"):
+        module = build(GRPO, update=UpdateConfig(layout=layout))  # type: ignore[arg-type]
         module.configure_model()
+        module.policy.model.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(InputError, match="this backbone, or its attention, cannot share prompts or prefixes"):
+            module.configure_model()
     assert mix_seed(0, 1) != mix_seed(0, 2)

@@ -15,6 +15,7 @@ from lit_rl.methods.tre import TRE
 from lit_rl.modules.config import CriticConfig, ExplorationConfig, LossConfig, RolloutConfig, UpdateConfig
 
 TWICE = UpdateConfig(epochs=2, mini_batches=2)
+TRIE = UpdateConfig(epochs=2, mini_batches=2, layout="trie")
 KL = {"kl_coef": 0.3}
 
 
@@ -67,10 +68,21 @@ CASES: dict[str, Any] = {
     "cool": lambda: grpo(
         LossConfig(kl="k3", **KL), exploration=exploration("entropy"), rollout=RolloutConfig(temperature=0.7, samples=2)
     ),
+    "grpo, trie": lambda: grpo(LossConfig(reduction="seq_mean_token_mean", kl="k3", **KL), update=TRIE),
+    "gspo, trie": lambda: grpo(LossConfig(reduction="seq_mean_token_mean", ratio="sequence_mean"), update=TRIE),
+    "truncated weights, trie": lambda: grpo(
+        LossConfig(importance="token", importance_high=1.2, importance_low=0.9), update=TRIE
+    ),
+    "ppo, head, trie": lambda: ppo(
+        critic=critic(kind="head", clip=None, coefficient=0.3), exploration=exploration("entropy"), update=TRIE
+    ),
+    "tre-k, trie": lambda: ppo(
+        LossConfig(dual_clip=1.1), TRE, critic=critic(), exploration=exploration("tre_k", top_k=3), update=TRIE
+    ),
 }
 
 
-QUICK = ("grpo", "dapo", "adapters", "ppo", "tre-k")  # the others are as short, but many
+QUICK = ("grpo", "dapo", "adapters", "ppo", "tre-k", "grpo, trie", "tre-k, trie")  # the others are as short, but many
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
@@ -92,10 +104,12 @@ def test_losses_and_gradients_are_those_of_loops(name: str, tmp_path: Path) -> N
 def test_micro_batches_and_layout_change_nothing(name: str, tmp_path: Path) -> None:
     """Also where the last chunk holds the empty response alone."""
     found = []
-    for micro_tokens, layout in ((None, "sorted"), (1, "sorted"), (25, "sorted"), (None, "shared"), (1, "shared")):
+    for micro_tokens, layout in (
+        (None, "sorted"), (1, "sorted"), (25, "sorted"), (None, "shared"), (1, "shared"), (None, "trie"), (1, "trie")
+    ):  # fmt: skip
         module = prepared(CASES[name]())
         module.update = UpdateConfig(1, 1, micro_tokens, layout)  # type: ignore[arg-type]
-        run = worker.fit_fixed(module, rollout(), tmp_path)
+        run = worker.fit_fixed(module, rollout(branched=True), tmp_path)
         (record,) = run.optimizers[0].records  # type: ignore[attr-defined]
         gradient = torch.cat([gradient.flatten() for _, _, gradient in record])
         found.append((gradient, run.callback_metrics))

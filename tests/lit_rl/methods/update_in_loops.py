@@ -269,12 +269,15 @@ def floats(values: Tensor) -> list[float]:
     return values.tolist()
 
 
-def rollout(seed: int = 0) -> Rollout:
-    """Groups interleaved and of different sizes, an empty response and one of a single token."""
-    draw = random.Random(seed)
+def rollout(branched: bool = False) -> Rollout:
+    """Groups interleaved, an empty response and one of a single token; perhaps each goes on from its group's last."""
+    draw = random.Random(0)
     groups, lengths = [0, 1, 2, 0, 1, 2, 0, 1, 2], [5, 3, 0, 1, 4, 6, 2, 5, 3]
     prompts = [[draw.randrange(1000) for _ in range(length)] for length in (4, 7, 2)]
     responses = [[draw.randrange(1000) for _ in range(length)] for length in lengths]
+    for row in range(3, 9) if branched else ():
+        taken = (min(lengths[row], lengths[row - 3]) + 1) // 2
+        responses[row][:taken] = responses[row - 3][:taken]
     scores = [draw.choice([0.0, 0.5, 1.0]) for _ in groups]
     old = [[-6.9 + draw.uniform(-0.5, 0.5) for _ in range(length)] for length in lengths]  # far from the trainer's
     return worker.fixed_rollout(Sequences([prompts[group] for group in groups], responses, groups), scores, old)
@@ -303,7 +306,7 @@ class Replay:
 
     def __init__(self, module: Any, folder: Path) -> None:
         self.module = prepared(module)
-        self.rollout = rollout()
+        self.rollout = rollout(branched=module.update.layout == "trie")
         models = {"policy": deepcopy(module.policy.model).double(), "frozen": None, "critic": None, "head": None}
         pairs = list(zip(module.policy.model.parameters(), models["policy"].parameters(), strict=True))
         if module.needs_reference:

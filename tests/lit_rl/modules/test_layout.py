@@ -62,7 +62,7 @@ def gradients(model: Any, states: dict[int, Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", ["nano-qwen3", "tiny-llama"])
-@pytest.mark.parametrize("layout", ["sorted", "shared"])
+@pytest.mark.parametrize("layout", ["sorted", "shared", "trie"])
 def test_states_and_gradients_are_those_of_each_row_alone(name: str, layout: Layout) -> None:
     model = backbone(name)
     rows = list(range(len(MIXED.groups)))
@@ -86,7 +86,7 @@ def test_eager_attention_reads_a_shared_prompt_alike() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("layout", ["auto", "sorted", "shared"])
+@pytest.mark.parametrize("layout", ["auto", "sorted", "shared", "trie"])
 def test_chunks_of_random_rows_hold_each_token_once(layout: Layout, seed: int) -> None:
     draw = random.Random(seed)
     groups = [draw.randrange(5) for _ in range(20)]
@@ -109,7 +109,7 @@ def test_chunks_of_random_rows_hold_each_token_once(layout: Layout, seed: int) -
         assert sorted(seen) == sorted(rows)
 
 
-def test_the_layout_that_reads_less_is_taken() -> None:
+def test_the_layout_that_costs_less_is_taken() -> None:
     def masked(prompt: int, response: int) -> bool:
         sequences = batch([prompt], [response] * 4, [0] * 4)
         return sequences.chunks(range(4), 10_000, CPU, "auto")[0].mask is not None
@@ -117,6 +117,8 @@ def test_the_layout_that_reads_less_is_taken() -> None:
     assert masked(30, 10)  # 66 tokens instead of 156
     assert not masked(2, 30)  # 118 instead of 124: not worth a mask
     assert not masked(SHARED_LENGTH, 10)  # the mask would be too large
+    assert masked(200, 100)
+    assert not masked(200, 900)  # in a row of 3,796 attention costs 7 times what all else does
 
 
 def test_equal_chunks_in_a_single_process_need_none_that_idle() -> None:

@@ -81,7 +81,7 @@ def test_log_probs_are_those_of_the_whole_model_at_the_temperature(backbone: str
     found = policy(backbone, temperature=temperature)
     stirred(found.model, 0.02)
     expected = [plain_log_probs(found.model, row, temperature, padding=3 * row) for row in range(4)]
-    for layout, budget in (("sorted", 10_000), ("sorted", 1), ("shared", 10_000), ("shared", 1)):
+    for layout, budget in (("sorted", 10_000), ("sorted", 1), ("shared", 10_000), ("shared", 1), ("trie", 10_000)):
         for one, other in zip(log_probs(found, budget, layout), expected, strict=True):  # type: ignore[arg-type]
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
@@ -166,7 +166,7 @@ def test_dropout_is_off(dropping: dict[str, str], name: str) -> None:
 
 def test_bfloat16_weights_give_float32_log_probs() -> None:
     found = policy(dtype="bfloat16")
-    for layout in ("sorted", "shared"):
+    for layout in ("sorted", "shared", "trie"):
         values = log_probs(found, layout=layout)  # type: ignore[arg-type]
         exact = log_probs(policy())
         assert all(value.dtype == torch.float32 for value in values)
