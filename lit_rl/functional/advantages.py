@@ -2,7 +2,8 @@
 
 Tensors are ``(B, T)``: a row a response, right-padded; masks are boolean, True = a token that the policy chose. Masked
 positions inside a response (tool output) are skipped: what follows them is carried over. Scores and group ids are
-``(B,)``; equal ids belong to one prompt, in any order. Nothing is written in place.
+``(B,)``; equal ids belong to one prompt, in any order. Nothing is written in place. The estimators of responses that
+share prefixes (``rose`` and others) are written in ``tree_advantages.py`` and ``chain_advantages.py``.
 """
 
 from typing import Literal, NamedTuple
@@ -10,8 +11,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_rl.functional.chain_advantages import fr3e as fr3e
+from lit_rl.functional.chain_advantages import spo_chain as spo_chain
 from lit_rl.functional.groups import centred, group_statistics, leave_one_out
 from lit_rl.functional.masking import Reduce, identity, whiten
+from lit_rl.functional.tree_advantages import rose as rose
+from lit_rl.functional.tree_advantages import spo_tree as spo_tree
+from lit_rl.functional.tree_advantages import tree_grpo as tree_grpo
+from lit_rl.functional.tree_advantages import tree_po as tree_po
+from lit_rl.functional.tree_advantages import tree_rl as tree_rl
 
 Scale = Literal["group", "batch", "none"]
 
