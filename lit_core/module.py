@@ -54,7 +54,7 @@ class Method(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(parameter_groups(self))
-        schedule = build_schedule(optimizer, self.schedule, int(self.trainer.estimated_stepping_batches))
+        schedule = build_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:

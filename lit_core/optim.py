@@ -1,5 +1,6 @@
 """Parameter groups, schedules and clipping."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -45,16 +46,23 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def build_schedule(optimizer: Optimizer, schedule: Schedule, total_steps: int) -> LambdaLR:
+def build_schedule(optimizer: Optimizer, schedule: Schedule, total_steps: float) -> LambdaLR:
     """A scheduler to be stepped once per optimizer step.
 
     Args:
         optimizer: Its learning rates are the peak values.
         schedule: Shape and warm-up.
-        total_steps: Optimizer steps of the whole run.
+        total_steps: Optimizer steps of the whole run; infinite where nothing but the user or a budget ends it.
+
+    Raises:
+        InputError: The shape depends on the end of a run that has none.
     """
     from transformers import get_scheduler
 
+    endless = math.isinf(total_steps)
+    if endless and (schedule.warmup_ratio > 0 or schedule.name not in ("constant", "inverse_sqrt")):
+        raise InputError(f"'{schedule.name}' depends on the end of the fit: set trainer.max_steps", field="schedule")
+    total_steps = 1 if endless else int(total_steps)
     warmup = schedule.warmup_steps or round(schedule.warmup_ratio * total_steps)
     name = "constant_with_warmup" if schedule.name == "constant" else schedule.name
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=max(total_steps, 1))

@@ -2,7 +2,8 @@
 
 Tensors are ``(B, T)``: a row a response, right-padded; masks are boolean, True = a token that the policy chose. Masked
 positions inside a response (tool output) are skipped: what follows them is carried over. Scores and group ids are
-``(B,)``; equal ids belong to one prompt, in any order. Nothing is written in place.
+``(B,)``; equal ids belong to one prompt, in any order. Nothing is written in place. The estimators of responses that
+share prefixes (``rose`` and others) are written in ``tree_advantages.py`` and ``chain_advantages.py``.
 """
 
 from typing import Literal, NamedTuple
@@ -10,7 +11,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_rl.functional.chain_advantages import fr3e as fr3e
+from lit_rl.functional.chain_advantages import spo_chain as spo_chain
+from lit_rl.functional.groups import centred, group_statistics, leave_one_out
 from lit_rl.functional.masking import Reduce, identity, whiten
+from lit_rl.functional.tree_advantages import rose as rose
+from lit_rl.functional.tree_advantages import spo_tree as spo_tree
+from lit_rl.functional.tree_advantages import tree_grpo as tree_grpo
+from lit_rl.functional.tree_advantages import tree_po as tree_po
+from lit_rl.functional.tree_advantages import tree_rl as tree_rl
 
 Scale = Literal["group", "batch", "none"]
 
@@ -20,15 +29,6 @@ class Advantages(NamedTuple):
 
     advantages: Tensor
     returns: Tensor
-
-
-class Groups(NamedTuple):
-    """Statistics of each row's group, ``(B,)`` each; ``equal`` says that all its scores are the same."""
-
-    mean: Tensor
-    std: Tensor
-    size: Tensor
-    equal: Tensor
 
 
 def token_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, kl_coefficient: float = 0.0) -> Tensor:
@@ -105,7 +105,7 @@ def grpo(
         reduce: Sums over ranks, for the standard deviation of the batch.
     """
     groups = group_statistics(scores, group_ids)
-    advantages = _centred(scores, groups)
+    advantages = centred(scores, groups)
     if scale == "group":
         advantages = advantages / (groups.std + epsilon)
     elif scale == "batch":
@@ -120,8 +120,7 @@ def dr_grpo(scores: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
 
 def rloo(scores: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
     """``r - mean of the others in the group``, the same for all tokens of a response (Ahmadian et al. 2024)."""
-    groups = group_statistics(scores, group_ids)
-    return _by_token(_centred(scores, groups) * (groups.size / (groups.size - 1).clamp(min=1)), mask)
+    return _by_token(leave_one_out(scores, group_ids), mask)
 
 
 def reinforce_pp(
@@ -153,31 +152,6 @@ def reinforce_pp_baseline(
 def remax(scores: Tensor, greedy_scores: Tensor, mask: Tensor) -> Tensor:
     """``r - score of the greedy response``, both ``(B,)``, the same for all tokens of a response (Li et al. 2024)."""
     return _by_token(scores - greedy_scores, mask)
-
-
-def group_statistics(scores: Tensor, group_ids: Tensor) -> Groups:
-    """Mean, unbiased standard deviation and size of each row's group; a group of one has mean 0 and deviation 1."""
-    scores = scores.float()
-    _, group = group_ids.unique(return_inverse=True)
-    size = int(group.max()) + 1 if len(group) else 0
-
-    def total(values: Tensor) -> Tensor:
-        return torch.zeros(size, device=values.device).index_add(0, group, values)[group]
-
-    count = total(torch.ones_like(scores))
-    alone = count == 1
-    mean = torch.where(alone, 0.0, total(scores) / count)
-    variance = total((scores - mean).square()) / (count - 1).clamp(min=1)
-    most, least = (
-        torch.zeros(size, device=scores.device).scatter_reduce(0, group, scores, how, include_self=False)[group]
-        for how in ("amax", "amin")
-    )
-    return Groups(mean, torch.where(alone, 1.0, variance.sqrt()), count, (most == least) & ~alone)
-
-
-def _centred(scores: Tensor, groups: Groups) -> Tensor:
-    """Scores minus their group's mean; exactly 0 where all are equal, whatever the rounding of the mean."""
-    return torch.where(groups.equal, 0.0, scores.float() - groups.mean)
 
 
 def _batch_std(scores: Tensor, reduce: Reduce) -> Tensor:

@@ -1,7 +1,8 @@
 """What keeps a policy exploring: entropies, trust-region entropy, and which tokens a penalty or the loss is kept to.
 
 Trust-region entropy is arXiv 2602.03635; forking tokens, KL-Cov and Clip-Cov are its baselines. Logits are already
-divided by the sampling temperature; entropies are in nats; masks are boolean ``(B, T)``.
+divided by the sampling temperature; entropies are in nats; masks are boolean ``(B, T)``. Semantic entropy, by which
+ROSE branches, is in ``branching.py``; its logits are those of temperature 1.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lit_core.lm_head import Region, Truncation, most_probable, region_entropy
+from lit_rl.functional.branching import semantic_entropy as semantic_entropy
 
 Scale = Literal["logV_over_logS", "none"]
 

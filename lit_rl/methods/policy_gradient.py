@@ -340,7 +340,7 @@ class PolicyGradient(PolicyMethod):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.optimizer_groups())
-        schedule = build_schedule(optimizer, self.schedule, int(self.trainer.estimated_stepping_batches))
+        schedule = build_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:

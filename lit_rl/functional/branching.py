@@ -1,0 +1,183 @@
+"""Where a rollout branches: entropy, semantic divergence and their product at each position (ROSE card, 2.1).
+
+Logits are those of the model at temperature 1, whatever the temperature at which tokens are drawn; entropies are in
+nats, and nothing here carries a gradient. No sentence is embedded: the divergence is that of the rows of the token
+embedding table.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+Variant = Literal["offdiag", "allpairs", "rao"]
+EntropySupport = Literal["full", "topk"]
+CHUNK = 1 << 19  # logits that are worked on at a time; more leave the caches
+LOWEST = -1e4  # stands for minus infinity, so that 0 log 0 = 0
+
+
+class BranchingScores(NamedTuple):
+    """Scores of each position, float32 ``(...)``; ``semantic_entropy`` is the product of the other two."""
+
+    entropy: Tensor
+    divergence: Tensor
+    semantic_entropy: Tensor
+
+
+def branching_scores(
+    logits: Tensor,
+    embeddings: Tensor,
+    top_k: int = 20,
+    variant: Variant = "offdiag",
+    entropy_support: EntropySupport = "full",
+    sampled: Tensor | None = None,
+    normalised: bool = False,
+) -> BranchingScores:
+    """All scores of each position in one pass (eqs. 1-3), without the embeddings of every position's candidates.
+
+    The divergence is that of the ``top_k`` most probable tokens, whose probabilities are not renormalised. With
+    ``y`` the sum of ``p`` times the unit embedding over them, ``offdiag`` is the sum of ``p**2`` less ``|y|**2``
+    (pairs of different tokens, as the authors' code has it), ``allpairs`` is ``-|y|**2`` (the equation read
+    literally), and ``rao`` is the square of the sum of ``p`` less ``|y|**2``, which is never negative. The first two
+    favour positions without a choice where embeddings resemble each other; see :func:`mean_cosine`.
+
+    Args:
+        logits: ``(..., V)``.
+        embeddings: Token embeddings ``(V, D)``.
+        top_k: How many tokens are compared.
+        variant: See above.
+        entropy_support: Sum the entropy over the vocabulary, or over the top tokens and the one that was drawn, as
+            the authors' code does.
+        sampled: Token that was drawn at each position, Long ``(...)``; counts with ``topk`` where it is outside.
+        normalised: The embeddings have length 1 already; saves a pass over the table.
+
+    Raises:
+        ValueError: ``top_k`` out of range, or a table of another vocabulary.
+    """
+    vocabulary = logits.shape[-1]
+    if not 1 <= top_k <= vocabulary:
+        raise ValueError(f"top_k must be between 1 and the {vocabulary} tokens, got {top_k}")
+    if len(embeddings) < vocabulary:
+        raise ValueError(f"need an embedding for each of {vocabulary} tokens, got {len(embeddings)}")
+    embeddings = embeddings.detach().float()
+    scales = None if normalised else _inverse_norms(embeddings)
+    rows = logits.detach().reshape(-1, vocabulary)
+    drawn = None if sampled is None else sampled.reshape(-1)
+    entropies, divergences = (torch.empty(len(rows), device=logits.device) for _ in range(2))
+    step = max(1, CHUNK // vocabulary)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        shifted = rows[part].float()
+        shifted = (shifted - shifted.amax(-1, keepdim=True)).clamp_(min=LOWEST)
+        best_shifted, best = largest(shifted, top_k)
+        powers = shifted.exp()
+        total = powers.sum(-1)
+        p = best_shifted.exp() / total[:, None]
+        best_logs = best_shifted - total.log()[:, None]
+        if entropy_support == "full":
+            entropies[part] = total.log() - powers.mul_(shifted).sum(-1) / total
+        else:
+            entropies[part] = -(p * best_logs).sum(-1)
+            if drawn is not None:
+                own = shifted.gather(1, drawn[part, None])[:, 0] - total.log()
+                outside = (best != drawn[part, None]).all(1)
+                entropies[part] -= torch.where(outside, own.exp() * own, 0.0)
+        weights = p if scales is None else p * scales[best]
+        square = embedding_bag(best, embeddings, mode="sum", per_sample_weights=weights).square().sum(-1)
+        if variant == "offdiag":
+            divergences[part] = p.square().sum(-1) - square
+        elif variant == "rao":
+            divergences[part] = (p.sum(-1).square() - square).clamp(min=0)  # negative by rounding only
+        else:
+            divergences[part] = -square
+    entropy, divergence = (values.view(logits.shape[:-1]) for values in (entropies, divergences))
+    return BranchingScores(entropy, divergence, entropy * divergence)
+
+
+def semantic_entropy(
+    logits: Tensor,
+    embeddings: Tensor,
+    top_k: int = 20,
+    variant: Variant = "offdiag",
+    entropy_support: EntropySupport = "full",
+    sampled: Tensor | None = None,
+    normalised: bool = False,
+) -> Tensor:
+    """Entropy times divergence, float32 ``(...)``: ROSE branches where it is largest. See :func:`branching_scores`."""
+    return branching_scores(logits, embeddings, top_k, variant, entropy_support, sampled, normalised).semantic_entropy
+
+
+def semantic_divergence(
+    logits: Tensor, embeddings: Tensor, top_k: int = 20, variant: Variant = "offdiag", normalised: bool = False
+) -> Tensor:
+    """How unlike the most probable tokens are, float32 ``(...)``. See :func:`branching_scores`."""
+    return branching_scores(logits, embeddings, top_k, variant, "topk", normalised=normalised).divergence
+
+
+def largest(values: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The largest values of each row and their columns, ``(N, top_k)`` each, in no order.
+
+    The columns are cut into blocks first: the largest values lie in the blocks with the largest maxima, so few columns
+    are left to be sorted.
+
+    Args:
+        values: ``(N, V)``.
+        top_k: At most V.
+    """
+    vocabulary = values.shape[1]
+    size = 8 if vocabulary < 4096 else 16  # as measured; with more, maxima run out of the caches
+    blocks = vocabulary // size
+    if blocks <= top_k:
+        return values.topk(top_k, dim=-1, sorted=False)
+    starts = torch.arange(0, blocks * size, blocks, device=values.device)
+    rest = torch.arange(blocks * size, vocabulary, device=values.device)
+    heads = values[:, : blocks * size].unflatten(1, (size, blocks)).amax(1)  # a block is every ``blocks``-th column
+    chosen = heads.topk(top_k, dim=-1, sorted=False).indices
+    candidates = (chosen[:, None] + starts[:, None]).flatten(1)
+    candidates = torch.cat([candidates, rest.expand(len(values), -1)], dim=1)
+    found, places = values.gather(1, candidates).topk(top_k, dim=-1, sorted=False)
+    return found, candidates.gather(1, places)
+
+
+def mean_cosine(embeddings: Tensor) -> Tensor:
+    """Mean cosine over the pairs of different rows, from their sum: float32 ``(...)`` from ``(..., N, D)``.
+
+    Of a token table it says how far the divergence can be trusted; of the embeddings of a prompt's responses it is
+    the diversity that the paper shows (Figure 4). Rows of zeros have a cosine of 0.
+
+    Raises:
+        ValueError: Fewer than two rows.
+    """
+    count = embeddings.shape[-2]
+    if count < 2:
+        raise ValueError(f"need two rows to compare, got {count}")
+    embeddings = embeddings.detach().float()
+    scales = _inverse_norms(embeddings)
+    total = (scales[..., None, :] @ embeddings)[..., 0, :]
+    return (total.square().sum(-1) - (scales > 0).sum(-1)) / (count * (count - 1))
+
+
+def clustered_semantic_entropy(embeddings: Tensor, threshold: float = 0.9) -> Tensor:
+    """Entropy in nats of the clusters of a prompt's responses, shape ``()``; a diagnostic, not a part of ROSE.
+
+    A response joins the first cluster to whose first member it has a cosine of at least the threshold, else it opens
+    one.
+
+    Args:
+        embeddings: Of the responses, ``(N, D)``.
+        threshold: Cosine.
+    """
+    unit = torch.nn.functional.normalize(embeddings.detach().float(), dim=-1)
+    near, rows = unit @ unit.T >= threshold, torch.arange(len(unit), device=unit.device)
+    cluster = torch.full_like(rows, -1)
+    for row in range(len(unit)):
+        cluster = torch.where((cluster < 0) & (cluster[row] < 0) & (near[row] | (rows == row)), row, cluster)
+    shares = cluster.bincount().float() / max(len(unit), 1)
+    return torch.special.entr(shares).sum()
+
+
+def _inverse_norms(embeddings: Tensor) -> Tensor:
+    """What brings each row to length 1, ``(..., N)``; 0 for rows of zeros."""
+    norms = embeddings.norm(dim=-1)
+    return torch.where(norms > 0, 1 / norms, 0.0)
