@@ -5,7 +5,7 @@ Log-probabilities of drawn tokens, alone or with an entropy, forward and backwar
 - ``ours``: ``token_log_probs``, tiles of some rows by some words;
 - ``row chunks``: the same code in chunks of the whole vocabulary with as many logits as a call may hold, as it was;
 - ``full logits``: what one writes first, ``log_softmax`` of all of them; left out with 8,192 tokens at the large head,
-  where it takes some 20 GiB.
+  where it takes some 10 GiB.
 
 The variants run in turn in one process. Peak memory is what a step adds to a process that holds states and weights; the
 gradients are part of it. ``policy_update`` has the large head against TRL too, in fresh processes.
