@@ -1,8 +1,9 @@
-"""The language-model head without a ``(tokens, vocabulary)`` tensor: row chunks, float32 logits, exact gradients.
+"""The language-model head without a ``(tokens, vocabulary)`` tensor: float32 logits, exact gradients.
 
-``cross_entropy`` forms its gradient during the forward pass (three matrix products in all, as for full logits).
-``token_log_probs`` serves losses that weight each token by themselves (policy gradients, re-ranking): it recomputes the
-logits chunk by chunk in the backward pass.
+``cross_entropy`` forms its gradient during the forward pass (three matrix products in all, as for full logits), in
+chunks of rows, since it needs a row's normaliser first. ``token_log_probs`` serves losses that weight each token by
+themselves (policy gradients, re-ranking): it recomputes the logits in the backward pass, so that it is free to go tile
+by tile (:mod:`lit_core.head_tiles`), which keeps a part of the weight in the caches for many rows.
 """
 
 import math
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from lit_core.head_tiles import Gradients, Running, Tiles, add_product, place, tile_logits, tiling
 
 IGNORE_INDEX = -100
 CHUNK_LOGITS = 1 << 23  # logits held at once: 32 MiB of float32, which stays near the caches of a CPU
@@ -47,6 +50,10 @@ class Truncation:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.cap is not None and self.cap < 1:
             raise ValueError(f"cap must be at least 1, got {self.cap}")
+
+    def most(self, vocabulary: int) -> int:
+        """Most tokens that can be kept of so many."""
+        return self.top_k or min(self.cap or vocabulary, vocabulary)
 
 
 class TokenLogProbs(NamedTuple):
@@ -132,6 +139,13 @@ class _Wanted(NamedTuple):
     temperature: float
     chunk_logits: int
 
+    def best(self, vocabulary: int) -> int:
+        return 0 if self.truncation is None else self.truncation.most(vocabulary)
+
+    def tiles(self, hidden: Tensor, weight: Tensor) -> Tiles:
+        best = self.best(len(weight))
+        return tiling(len(hidden), len(weight), self.chunk_logits, best, hidden.is_cuda)
+
 
 class Region(NamedTuple):
     """The most probable tokens of each row: logits and ids ``(N, K)``, and which of them lie inside (bool)."""
@@ -149,15 +163,18 @@ def most_probable(logits: Tensor, normalisers: Tensor, truncation: Truncation) -
         normalisers: Their log-sum-exp ``(...)``.
         truncation: Which tokens.
     """
-    vocabulary = logits.shape[-1]
+    best = logits.topk(truncation.most(logits.shape[-1]), dim=-1)
+    return inside_region(best.values, best.indices, normalisers, truncation)
+
+
+def inside_region(best: Tensor, ids: Tensor, normalisers: Tensor, truncation: Truncation) -> Region:
+    """The same from the largest logits and their ids ``(..., K)``, which are in order."""
     if truncation.top_k is not None:
-        best = logits.topk(truncation.top_k, dim=-1)
-        return Region(best.values, best.indices, torch.ones_like(best.values, dtype=torch.bool))
-    best = logits.topk(min(truncation.cap or vocabulary, vocabulary), dim=-1)
-    mass = (best.values - normalisers[..., None]).detach().exp()
+        return Region(best, ids, torch.ones_like(best, dtype=torch.bool))
+    mass = (best - normalisers[..., None]).detach().exp()
     inside = mass.cumsum(-1) - mass < float(truncation.top_p or 1)
     inside[..., 0] = True
-    return Region(best.values, best.indices, inside)
+    return Region(best, ids, inside)
 
 
 class RegionEntropy(NamedTuple):
@@ -185,15 +202,8 @@ def _chunks(rows: int, vocabulary: int, chunk_logits: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
-    """Float32 logits; the product runs in the inputs' dtype, which is what the full head would do."""
-    logits = (hidden @ weight.T).float()
-    logits = logits if bias is None else logits.add_(bias.float())
-    return logits if temperature == 1 else logits.div_(temperature)
-
-
-class _Gradients:
-    """Sums the gradients of hidden, weight and bias over chunks; weight and bias in float32."""
+class _RowGradients:
+    """Gradients of hidden, weight and bias, summed over row chunks; weight and bias in float32, to be scaled yet."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool, bool]) -> None:
         self.hidden = torch.empty_like(hidden) if needed[0] else None
@@ -206,10 +216,7 @@ class _Gradients:
         if self.hidden is not None:
             torch.mm(narrow, weight, out=self.hidden[rows])
         if self.weight is not None:
-            if self.weight.dtype == weight.dtype:
-                self.weight.addmm_(narrow.T, hidden[rows])
-            else:
-                self.weight += narrow.T @ hidden[rows]
+            add_product(self.weight, narrow.T, hidden[rows])
         if self.bias is not None:
             self.bias += gradient.sum(0)
 
@@ -222,10 +229,10 @@ class _CrossEntropySum(Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_logits: int
     ) -> Tensor:
         needed = ctx.needs_input_grad
-        gradients = _Gradients(hidden, weight, bias, (needed[0], needed[1], needed[3]))
+        gradients = _RowGradients(hidden, weight, bias, (needed[0], needed[1], needed[3]))
         total = hidden.new_zeros((), dtype=torch.float32)
         for rows in _chunks(len(hidden), len(weight), chunk_logits):
-            logits = _logits(hidden[rows], weight, bias)
+            logits = tile_logits(hidden[rows], weight, bias)
             target = labels[rows, None]
             normaliser = logits.logsumexp(1, keepdim=True)
             total += (normaliser - logits.gather(1, target)).sum()
@@ -262,12 +269,16 @@ class _TokenLogProbs(Function):
         normalisers, entropies = torch.empty_like(log_probs), torch.zeros_like(log_probs)
         truncated, kept, mass = (torch.zeros_like(log_probs) for _ in range(3))
         ids, gradients = list[Tensor](), list[Tensor]()
-        for rows in _chunks(len(hidden), len(weight), want.chunk_logits):
-            logits = _logits(hidden[rows], weight, bias, want.temperature)
-            normalisers[rows] = logits.logsumexp(1)
-            log_probs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - normalisers[rows]
+        tiles = want.tiles(hidden, weight)
+        for rows in tiles.rows:
+            running = Running(targets[rows], len(weight), want.entropy, want.best(len(weight)))
+            for words in tiles.words:
+                running.read(_logits(hidden, weight, bias, want, rows, words), words)
+            normalisers[rows], log_probs[rows] = running.normalisers(), running.log_probs()
+            if want.entropy:
+                entropies[rows] = running.entropies()
             if want.truncation is not None:
-                region = most_probable(logits, normalisers[rows], want.truncation)
+                region = inside_region(running.best_logits, running.best_ids, normalisers[rows], want.truncation)
                 truncated[rows], gradient = region_entropy(region, want.truncation.mass_preserving)
                 if want.truncation.top_k == 1:
                     truncated[rows], gradient = normalisers[rows] - region.logits[:, 0], gradient - 1
@@ -277,9 +288,6 @@ class _TokenLogProbs(Function):
                 if any(ctx.needs_input_grad):
                     ids.append(region.ids)
                     gradients.append(gradient)
-            if want.entropy:
-                shifted = logits.sub_(normalisers[rows, None])
-                entropies[rows] = -(shifted.exp() * shifted).sum(1)
         ctx.save_for_backward(hidden, weight, targets, bias, normalisers, entropies, *ids, *gradients)
         ctx.want = want
         ctx.mark_non_differentiable(kept, mass)
@@ -292,27 +300,38 @@ class _TokenLogProbs(Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, bias, normalisers, entropies, *regions = ctx.saved_tensors
         want, needed = ctx.want, ctx.needs_input_grad
-        gradients = _Gradients(hidden, weight, bias, (needed[0], needed[1], needed[3]))
-        for number, rows in enumerate(_chunks(len(hidden), len(weight), want.chunk_logits)):
-            logits = _logits(hidden[rows], weight, bias, want.temperature)
-            shifted = logits.sub_(normalisers[rows, None])  # log p of every word
-            probabilities = shifted.exp()
-            outer = grad_log_probs[rows, None]
-            common = outer  # of all words, by their probability
-            if want.truncation is not None and want.truncation.top_k == 1:
-                common = outer - grad_truncated[rows, None]
-            if want.entropy:  # dH/dz = -p (log p + H)
-                weights = shifted.add_(entropies[rows, None]).mul_(grad_entropy[rows, None]).add_(common)
-                gradient = probabilities.mul_(weights).neg_()
-            else:
-                gradient = probabilities.mul_(-common)
-            gradient.scatter_add_(1, targets[rows, None], outer)
-            if want.truncation is not None:
-                ids, inner = regions[number], regions[len(regions) // 2 + number]
-                gradient.scatter_add_(1, ids, inner * grad_truncated[rows, None])
-            if want.temperature != 1:
-                gradient.div_(want.temperature)
-            gradients.add(rows, gradient, hidden, weight)
-        weight_grad = None if gradients.weight is None else gradients.weight.to(weight.dtype)
+        gradients = Gradients(hidden, weight, bias, (needed[0], needed[1], needed[3]))
+        by_target, by_entropy, by_region = (
+            outer / want.temperature for outer in (grad_log_probs, grad_entropy, grad_truncated)
+        )
+        common = -by_target  # of all words, by their probability
+        if want.truncation is not None and want.truncation.top_k == 1:
+            common = common + by_region
+        tiles = want.tiles(hidden, weight)
+        for words in tiles.words:
+            for number, rows in enumerate(tiles.rows):
+                shifted = _logits(hidden, weight, bias, want, rows, words).sub_(normalisers[rows, None])  # log p
+                if want.entropy:  # dH/dz = -p (log p + H)
+                    probabilities = shifted.exp()
+                    weights = shifted.add_(entropies[rows, None]).mul_(-by_entropy[rows, None])
+                    gradient = probabilities.mul_(weights.add_(common[rows, None]))
+                else:
+                    gradient = shifted.exp_().mul_(common[rows, None])
+                _scatter(gradient, targets[rows, None], by_target[rows, None], words)
+                if want.truncation is not None:
+                    ids, inner = regions[number], regions[len(regions) // 2 + number]
+                    _scatter(gradient, ids, inner * by_region[rows, None], words)
+                gradients.add(rows, words, gradient)
+        hidden_grad = None if gradients.hidden is None else gradients.hidden.to(hidden.dtype)
         bias_grad = None if gradients.bias is None else gradients.bias.to(bias.dtype)
-        return gradients.hidden, weight_grad, None, bias_grad, None
+        return hidden_grad, gradients.weight, None, bias_grad, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, want: _Wanted, rows: slice, words: slice) -> Tensor:
+    return tile_logits(hidden[rows], weight[words], None if bias is None else bias[words], want.temperature)
+
+
+def _scatter(gradient: Tensor, ids: Tensor, values: Tensor, words: slice) -> None:
+    """Add values ``(n, K)`` to a tile's gradient where their words are in it."""
+    columns, inside = place(ids, words)
+    gradient.scatter_add_(1, columns, torch.where(inside, values, 0.0))

@@ -15,6 +15,7 @@ from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.rose import ESTIMATORS, ROSE
 from lit_rl.modules.config import LossConfig, RolloutConfig
 from lit_rl.modules.trees.config import TreeConfig
+from lit_rl.modules.trees.scores import unit_embeddings
 
 PRESETS = Path(__file__).parents[3] / "experiments" / "rose" / "presets"
 EIGHT = replace(ROLLOUT, samples=8)
@@ -122,7 +123,7 @@ def test_the_embeddings_are_those_of_each_rollout_or_the_first(tmp_path: Path) -
     for frozen in (False, True):
         module = made(TreeConfig(freeze_embeddings=frozen))
         module.configure_model()
-        first = torch.nn.functional.normalize(module.policy.model.get_input_embeddings().weight.detach(), dim=-1).clone()
+        first = unit_embeddings(module.policy.model)
         fit(module, tmp_path, 3)
         tables[frozen] = bool((module.table == first).all())
     assert tables == {False: False, True: True}
