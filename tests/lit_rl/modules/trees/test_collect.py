@@ -23,7 +23,7 @@ from lit_rl.problems import Problem, ProblemBatch, PromptCollator, PromptConfig
 
 CPU = torch.device("cpu")
 PROBLEMS = [Problem(number, "preference", f"say {number}") for number in (4, 9, 2)]
-ROLLOUT = RolloutConfig(samples=8, max_tokens=12, stop_strings=["a", "e"])
+ROLLOUT = RolloutConfig(samples=8, max_tokens=12, stop_strings=["z", "ing"])  # some responses end early
 SHAPES: dict[str, dict[str, Any]] = {
     "branching": {},
     "tree_rl": {},
@@ -121,7 +121,9 @@ def test_the_table_of_another_model_is_refused(policy: Policy) -> None:
         check_table(torch.zeros(7, 64), policy.model)
     table = unit_embeddings(policy.model)
     check_table(table, policy.model)
-    torch.testing.assert_close(table.norm(dim=1), torch.ones(len(table)))
+    norms = table.norm(dim=1)
+    torch.testing.assert_close(norms, (norms > 0).float())
+    assert (norms == 0).sum() <= 1  # the padding's
 
 
 def test_statistics_of_branches(policy: Policy) -> None:
