@@ -14,6 +14,7 @@ import torch
 
 from experiments.grpo.__main__ import main as grpo
 from experiments.ppo.__main__ import main as ppo
+from experiments.rose.__main__ import main as rose
 from experiments.sft.__main__ import main as sft
 from experiments.tre.__main__ import main as tre
 
@@ -38,12 +39,12 @@ EASY = ("--data.countdown.least_numbers=2", "--data.countdown.most_numbers=2", "
 
 
 @pytest.mark.parametrize("scale", ["smoke", "tiny", "paper"])
-@pytest.mark.parametrize("main", [sft, grpo, ppo, tre])
+@pytest.mark.parametrize("main", [sft, grpo, ppo, tre, rose])
 def test_every_configuration_parses_and_prints(capsys: pytest.CaptureFixture[str], main: Any, scale: str) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--scale", scale, "--print_config"])
     assert stop.value.code == 0
-    assert ("Qwen/Qwen2.5" in capsys.readouterr().out) == (scale == "paper")
+    assert ("Qwen/Qwen" in capsys.readouterr().out) == (scale == "paper")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_every_preset_parses(capsys: pytest.CaptureFixture[str], preset: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("main", [grpo, ppo, tre])
+@pytest.mark.parametrize("main", [grpo, ppo, tre, rose])
 def test_fit_leaves_everything_behind(tmp_path: Path, policy: Path, main: Any) -> None:
     run = tmp_path / "run"
     common = (*SMOKE, *EASY, "--trainer.default_root_dir")

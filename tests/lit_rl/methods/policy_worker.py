@@ -22,6 +22,7 @@ from lit_core.sharding import rank
 from lit_rl.data.prompts import PromptDataModule
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.ppo import PPO
+from lit_rl.methods.rose import ROSE
 from lit_rl.methods.sft import SFT
 from lit_rl.methods.tre import TRE
 from lit_rl.modules.config import (
@@ -216,12 +217,22 @@ FITS: dict[str, tuple[str, Callable[..., Any]]] = {
             GRPO, loss=LossConfig(), update=FINE, exploration=ExplorationConfig(kind="adaptive_entropy", target=7.0)
         ),
     ),
+    "ddp rose": (
+        "ddp",
+        lambda: build(
+            ROSE,
+            rollout=replace(ROLLOUT, stop_strings=["z", "ing"]),  # longer responses, which branch inside
+            loss=LossConfig(reduction="const_norm", **KL),
+            update=FINE,
+        ),
+    ),
     "ddp sft": ("ddp", lambda: sft(micro_tokens=20)),
     "fsdp grpo": ("fsdp", lambda: build(GRPO, loss=LossConfig(**KL), update=FINE)),
     "fsdp untied grpo": ("fsdp", lambda: build(GRPO, backbone="untied", loss=LossConfig(**KL), update=FINE)),
     "fsdp adapters": ("fsdp", lambda: build(GRPO, lora=Lora(r=4), loss=LossConfig(**KL), update=FINE)),
     "fsdp ppo": ("fsdp", lambda: build(PPO, critic=WARM, update=FINE)),
     "fsdp ppo, head": ("fsdp", lambda: build(PPO, critic=CriticConfig(kind="head", lr=0.05), update=FINE)),
+    "fsdp rose": ("fsdp", lambda: build(ROSE, loss=LossConfig(reduction="const_norm", **KL), update=FINE)),
     "fsdp sft": ("fsdp", lambda: sft(micro_tokens=20)),
 }
 
