@@ -16,7 +16,7 @@ from lit_core.files import read_json, write_json
 from lit_core.reproduce import Arm, ArmContext, Claim, Experiment, write_results
 from lit_core.setting import Setting
 
-GRID = (0.01, 0.03, 0.1)
+GRID = (0.01, 0.1)
 TUNING_SEED = 1000
 TABULAR, MORE, SWEEP = "tabular", "tabular_more", "sweep"
 KIND, COEFFICIENT = "--model.exploration.kind", "--model.exploration.coefficient"
