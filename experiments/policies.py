@@ -41,7 +41,9 @@ def needs_start(setting: Setting) -> bool:
     return is_preset(setting.value(None, "model.backbone"))
 
 
-def start_arm(setting: Setting, name: str = START, flags: Sequence[str] = (), main: bool = True) -> Arm:
+def start_arm(
+    setting: Setting, name: str = START, flags: Sequence[str] = (), main: bool = True, warm: Sequence[str] = ()
+) -> Arm:
     """The policy that reinforcement learning starts from: trained on solutions once a machine, then evaluated.
 
     Args:
@@ -49,11 +51,12 @@ def start_arm(setting: Setting, name: str = START, flags: Sequence[str] = (), ma
         name: Name of the arm.
         flags: Further flags of its fit and of its evaluation.
         main: Whether it is run by default.
+        warm: Flags of the fit alone, under those that the user has given.
     """
-    warm = _warm_setting(setting, flags)
+    start = _warm_setting(setting, flags, warm)
 
     def run(context: ArmContext) -> None:
-        folder = warm_start(warm, context.seed)
+        folder = warm_start(start, context.seed)
         args = [flag for flag in (*setting.flags, *flags) if not flag.startswith("--model.")]
         args += [f"--model.backbone={folder / 'export'}", f"--seed_everything={context.seed}"]
         configs = setting.spec.configs(setting.scale)
@@ -81,9 +84,11 @@ def warm_start(setting: Setting, seed: int) -> Path:
     return folder
 
 
-def _warm_setting(setting: Setting, flags: Sequence[str]) -> Setting:
+def _warm_setting(setting: Setting, flags: Sequence[str], warm: Sequence[str]) -> Setting:
     kept = tuple(flag for flag in (*setting.flags, *flags) if flag.startswith(FORWARDED))
-    return replace(setting, spec=SFT, flags=kept)
+    configs = [Path(flag.partition("=")[2]) for flag in warm if flag.startswith("--config=")]
+    texts = "\n".join(path.read_text() for path in configs)  # the fingerprint is that of the files' content
+    return replace(setting, spec=SFT, flags=(*warm, *kept), further=texts)
 
 
 def backbone_flags(context: ArmContext, start: str = START) -> list[str]:

@@ -52,6 +52,8 @@ class BackboneConfig:
         gradient_checkpointing: Recompute activations in the backward pass.
         trust_remote_code: Run model code that comes with a hub repository.
         seed: Seed of the random weights of a preset and of adapters; the command line takes that of the run.
+        init_std: Standard deviation of a preset's random weights; None takes that of its architecture, 0.02 mostly,
+            which is made for widths of thousands.
     """
 
     dtype: DType = "float32"
@@ -59,6 +61,11 @@ class BackboneConfig:
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     seed: int = 0
+    init_std: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.init_std is not None and not self.init_std > 0:
+            raise InputError(f"must be above 0, got {self.init_std}", field="loading.init_std")
 
 
 def load_tokenizer(backbone: str, trust_remote_code: bool = False) -> Any:
@@ -198,6 +205,8 @@ def _model_class(task: Task) -> Any:
 
 def _preset(backbone: str, task: Task, config: BackboneConfig, quantization: Quantization | None) -> Any:
     settings = preset_config(backbone)
+    if config.init_std is not None:
+        settings.initializer_range = config.init_std
     with torch.random.fork_rng(devices=[]):  # the same weights in every process, whatever was drawn before
         torch.manual_seed(config.seed)
         try:

@@ -23,16 +23,20 @@ class Setting:
         spec: The experiment.
         scale: ``smoke``, ``tiny`` or ``paper``.
         flags: ``--model.*``, ``--data.*`` and ``--trainer.*`` for every fit.
+        further: Text that results depend on besides, such as that of files which flags name.
     """
 
     spec: Spec
     scale: str
     flags: tuple[str, ...]
+    further: str = ""
 
     def fingerprint(self) -> str:
         """Text that changes with anything that the results depend on."""
         paths = {path for stage in (None, *self.spec.stages) for path in self.spec.configs(self.scale, stage)}
-        return "\n".join([*(f"{path.name}\n{path.read_text()}" for path in sorted(paths)), *self.flags, *self._data()])
+        return "\n".join(
+            [*(f"{path.name}\n{path.read_text()}" for path in sorted(paths)), *self.flags, *self._data(), self.further]
+        )
 
     def _data(self) -> list[str]:
         """Size and time of every file of ``--data.path``: results are not those of changed data."""

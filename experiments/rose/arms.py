@@ -1,6 +1,7 @@
 """ROSE beside GRPO's family and other trees: where trees branch, what is learned from them, and at what length."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from experiments.policies import START, TABLE, backbone_flags, needs_start, side_by_side, start_arm, train
 from experiments.rose.figures import figures
@@ -15,7 +16,7 @@ FLAT = (f"{TREE}sampler=independent",)
 GRPO = (*FLAT, "--model.estimator=grpo", "--model.loss.reduction=seq_mean_token_mean")
 DAPO = (*FLAT, "--model.estimator=grpo", "--model.loss.reduction=token_mean", "--model.loss.clip_high=0.28")
 DYNAMIC = ("--model.rollout.dynamic=true",)
-PROBLEMS = {"smoke": 8, "tiny": 1000, "paper": 1000}  # of the first part
+FOLDER = Path(__file__).parent
 SCORES = {  # of the first part: title and flags
     "random": ("anywhere", (f"{TREE}score=random",)),
     "min_probability": ("least probable token", (f"{TREE}score=min_probability",)),
@@ -56,7 +57,8 @@ ALPHAS = {0.0: "alpha_0", 1.0: "rose", 3.0: "alpha_3"}  # the third part
 def build(setting: Setting) -> Experiment:
     """The arms and claims at a scale."""
     needs = (START,) if needs_start(setting) else ()
-    arms: list[Arm] = [start_arm(setting)] if needs else []
+    warm = [f"--config={FOLDER / 'start.yaml'}"] if setting.scale == "tiny" else ["--data.task=countdown_steps"]
+    arms: list[Arm] = [start_arm(setting, warm=warm)] if needs else []
     arms += [_place_arm(setting, name, title, flags, needs) for name, (title, flags) in SCORES.items()]
     arms += [_learning_arm(setting, needs, *part) for part in LEARNING]
     arms.append(_same_tokens_arm(setting, needs))
@@ -95,21 +97,19 @@ def build(setting: Setting) -> Experiment:
         f"others, where its method does not say otherwise; '{SAME_TOKENS}' goes on until it has drawn GRPO's tokens.",
         "A tree with its rewards and advantages stands in at_offdiag/seed0.",
     )  # fmt: skip
-    jobs = side_by_side(setting)
-    return Experiment(
-        "rose", tuple(arms), claims, table, setting.fingerprint(), curves, jobs, notes, figures(metric, ALPHAS)
-    )
+    jobs, fingerprint = side_by_side(setting), setting.fingerprint() + (FOLDER / "start.yaml").read_text()
+    return Experiment("rose", tuple(arms), claims, table, fingerprint, curves, jobs, notes, figures(metric, ALPHAS))
 
 
 def _place_arm(setting: Setting, name: str, title: str, flags: Sequence[str], needs: tuple[str, ...]) -> Arm:
     def run(context: ArmContext) -> None:
-        count = PROBLEMS[context.scale]
-        args = ["test", *setting.flags, *backbone_flags(context), *flags, f"--data.held_out={count}"]
+        args = ["test", *setting.flags, *backbone_flags(context), *flags]
         configs = setting.spec.configs(setting.scale)
         cli = ExperimentCLI(setting.spec, args, configs, context.folder, quiet=True, execute=False)
         cli.datamodule.setup("test")
         cli.model.configure_model()
-        metrics, items = look(cli.model, cli.datamodule.splits["test"], context.seed, context.folder)
+        problems = [*cli.datamodule.splits["test"], *cli.datamodule.splits["val"]]
+        metrics, items = look(cli.model, problems, context.seed, context.folder)
         write_results(context.folder, metrics, items)
 
     return Arm(f"at_{name}", f"branching: {title}", run, seeded=False, needs=needs)
