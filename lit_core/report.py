@@ -145,15 +145,15 @@ def build_report(
     """Gather the arms' results into the report that ``report.json`` holds.
 
     Costs are means over the seeds; the device is this process's unless one is named. Claims about arms that were not
-    run are left out. A claim holds if the 95 % interval of the paired difference lies on the claimed side of 0,
-    does not hold if it lies on the other one, and is ``"inconclusive"`` otherwise, also where a single seed without
-    values of items gives no interval.
+    run, or whose metric a run lacks, are left out. A claim holds if the 95 % interval of the paired difference lies on
+    the claimed side of 0, does not hold if it lies on the other one, and is ``"inconclusive"`` otherwise, also where a
+    single seed without values of items gives no interval.
 
     Raises:
         ValueError: Two arms of a claim were measured on different items.
     """
     by_name = {arm.name: arm for arm in arms}
-    compared = [claim for claim in claims if claim.arm in by_name and claim.baseline in by_name]
+    compared = [claim for claim in claims if _measured(claim, by_name)]
     n_seeds = max((len(arm.runs) for arm in arms if arm.seeded), default=1)
     notes = ["Costs are means over seeds and include the arms that an arm builds on."]
     if n_seeds == 1 and any(arm.seeded for arm in arms):
@@ -170,6 +170,11 @@ def build_report(
         "claims": [_claim_report(claim, by_name[claim.arm], by_name[claim.baseline]) for claim in compared],
         "notes": [*notes, *further_notes],
     }
+
+
+def _measured(claim: Claim, arms: Mapping[str, ArmResults]) -> bool:
+    both = [arms[name] for name in (claim.arm, claim.baseline) if name in arms]
+    return len(both) == 2 and all(claim.metric in run.metrics for arm in both for run in arm.runs)
 
 
 def versions() -> dict[str, str]:

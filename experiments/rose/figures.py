@@ -35,7 +35,7 @@ def figures(metric: str, alphas: Mapping[float, str]) -> Callable[[Folders], Map
             runs = over_tokens(folders, f"val/{name}")
             if runs:
                 found[f"val {name} over tokens"] = curves(runs, f"val/{name}", "tokens drawn")
-        lengths = {alpha: folders[name] for alpha, name in alphas.items() if name in folders}
+        lengths = {alpha: folders[name] for alpha, name in alphas.items() if _has_length(folders.get(name, ()))}
         if len(lengths) > 1:
             found["Length against alpha"] = length_by_alpha(lengths)
         trees = places.get("at_offdiag")
@@ -44,6 +44,11 @@ def figures(metric: str, alphas: Mapping[float, str]) -> Callable[[Folders], Map
         return found
 
     return draw
+
+
+def _has_length(paths: Sequence[Path]) -> bool:
+    found = [read_json(path / "results.json")["metrics"] for path in paths]
+    return bool(found) and all("correct_length" in metrics for metrics in found)
 
 
 def branch_roles(places: Mapping[str, Path]) -> "Figure":

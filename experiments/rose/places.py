@@ -1,12 +1,12 @@
 """Part 1: where each score makes trees branch, on a frozen policy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from lit_rl.rewards.countdown_steps import token_roles
 from torch import Tensor
 
 from lit_core.files import write_json
@@ -20,6 +20,7 @@ from lit_rl.modules.trees.collect import collect_trees
 from lit_rl.modules.trees.scores import unit_embeddings
 from lit_rl.modules.trees.statistics import branch_places, entropy_percentiles
 from lit_rl.problems import Problem, ProblemBatch
+from lit_rl.rewards.countdown_steps import token_roles
 from lit_rl.rewards.tasks import TASKS
 
 PROBLEMS_AT_ONCE = 128
@@ -43,6 +44,7 @@ def look(module: Any, problems: Sequence[Problem], seed: int, folder: Path) -> t
     policy: Policy = module.policy
     collate = module.prompt_collator()
     table = unit_embeddings(policy.model)
+    piece = cache(lambda token: policy.tokenizer.decode([token], skip_special_tokens=False))
     items: Items = {}
     counts: dict[str, int] = {}
     where: list[float] = []
@@ -54,7 +56,7 @@ def look(module: Any, problems: Sequence[Problem], seed: int, folder: Path) -> t
         )
         cosines = _state_cosines(policy, rollout)
         for number, (problem, tree) in enumerate(zip(batch.problems, trees, strict=True)):
-            roles = [_roles(policy, response, problem) for response in tree]
+            roles = [_roles(piece, response, problem) for response in tree]
             places = branch_places(tree)
             found = [roles[parent][position] for parent, position in places]
             for role in found:
@@ -66,15 +68,15 @@ def look(module: Any, problems: Sequence[Problem], seed: int, folder: Path) -> t
             for name, value in mine.items():
                 items.setdefault(name, {})[str(problem.id)] = value
         if not drawn:
-            drawn = [_drawn(policy, rollout, trees, number) for number in range(min(SHOWN, len(trees)))]
+            drawn = [_drawn(piece, rollout, trees, number) for number in range(min(SHOWN, len(trees)))]
     write_json(folder / "trees.json", drawn)
     write_json(folder / "places.json", {"roles": counts, "relative_positions": where})
     metrics = {name: fmean(values.values()) for name, values in items.items()}
     return {**metrics, "table_cosine": float(mean_cosine(table))}, items
 
 
-def _roles(policy: Policy, response: Response, problem: Problem) -> list[str]:
-    pieces = [policy.tokenizer.decode([token], skip_special_tokens=False) for token in response.tokens]
+def _roles(pieces_of: Callable[[int], str], response: Response, problem: Problem) -> list[str]:
+    pieces = list(map(pieces_of, response.tokens))
     if response.finish_reason == "stop":
         pieces = pieces[:-1]
     return [*token_roles(pieces, problem.row["numbers"]), "end"][: len(response.tokens)]
@@ -118,7 +120,9 @@ def _state_cosines(policy: Policy, rollout: Rollout) -> list[float]:
     return mean_cosine(groups).tolist()
 
 
-def _drawn(policy: Policy, rollout: Rollout, trees: Sequence[Sequence[Response]], number: int) -> dict[str, Any]:
+def _drawn(
+    piece: Callable[[int], str], rollout: Rollout, trees: Sequence[Sequence[Response]], number: int
+) -> dict[str, Any]:
     """A tree as the figure needs it."""
     size = len(trees[number])
     rows = list(range(number * size, (number + 1) * size))
@@ -126,7 +130,7 @@ def _drawn(policy: Policy, rollout: Rollout, trees: Sequence[Sequence[Response]]
     advantages = rose(part.forest, part.scores, part.mask)
     responses = [
         {
-            "pieces": [policy.tokenizer.decode([token], skip_special_tokens=False) for token in response.tokens],
+            "pieces": list(map(piece, response.tokens)),
             "parent": int(part.forest.parents[place]),
             "branch": int(part.forest.branches[place]),
             "reward": part.rewards[place],

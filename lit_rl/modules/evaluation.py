@@ -112,10 +112,16 @@ def per_problem(results: Sequence[ProblemResult]) -> dict[str, dict[str, float]]
 
 
 def summarise(results: Sequence[ProblemResult]) -> dict[str, float]:
-    """All metrics: means over problems, over responses (lengths) and over tokens (distributions)."""
+    """All metrics: means over problems, over responses (lengths) and over tokens (distributions).
+
+    ``correct_length`` is missing where no response is right.
+    """
     found = {name: fmean(values.values()) for name, values in per_problem(results).items()}
     lengths = [length for result in results for length in result.lengths]
     found["length"] = fmean(lengths)
+    correct = [n for r in results for n, reward in zip(r.lengths, r.rewards, strict=True) if reward >= SOLVED]
+    if correct:
+        found["correct_length"] = fmean(correct)
     found["truncated"] = sum(result.truncated for result in results) / len(lengths)
     for name in results[0].sums:
         found[name] = sum(result.sums[name] for result in results) / max(1, sum(lengths))

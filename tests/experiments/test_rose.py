@@ -28,7 +28,7 @@ def test_its_parts_end_with_a_report_and_figures(tmp_path: Path, monkeypatch: py
     )
     assert found["rose_tokens"]["tokens_drawn"]["mean"] >= found["grpo"]["tokens_drawn"]["mean"]
     assert found["rose"]["tokens_drawn"]["mean"] < found["grpo"]["tokens_drawn"]["mean"]
-    for name in ("Where_trees_branch", "Branch_positions", "val_success_over_tokens", "Length_against_alpha", "A_tree"):
+    for name in ("Where_trees_branch", "Branch_positions", "val_success_over_tokens", "A_tree"):
         assert (folder / f"{name}.png").stat().st_size > 5000
     tree = json.loads((folder / "at_offdiag" / "seed0" / "trees.json").read_text())[0]
     for response in tree["responses"]:
