@@ -92,6 +92,7 @@ class Arm:
         main: Whether it is run by default.
         seeded: Whether the seed changes anything; otherwise it is run once, in ``seed0``.
         needs: Arms that have to be done before, at the same seed; their costs are added to this arm's.
+        reads: Arms whose results this one reads; they are done before, at the same seed, and their costs are their own.
         hidden: Left out of tables and plots (a shared pre-training, say); run where it is needed, or ``main``.
     """
 
@@ -101,7 +102,13 @@ class Arm:
     main: bool = True
     seeded: bool = True
     needs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     hidden: bool = False
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Arms that have to be done before."""
+        return (*self.needs, *self.reads)
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class Experiment:
         for arm in self.arms:
             if arm.name in seen:
                 raise ValueError(f"experiment '{self.name}' has two arms called '{arm.name}'")
-            for needed in arm.needs:
+            for needed in arm.after:
                 if needed not in seen:
                     raise ValueError(f"arm '{arm.name}' needs '{needed}', which does not stand before it")
                 if seen[needed].seeded and not arm.seeded:
@@ -171,5 +178,5 @@ class Experiment:
             raise InputError(f"no arms to run; use main, all, or some of {', '.join(known)}")
         for arm in reversed(self.arms):
             if arm.name in chosen:
-                chosen.update(arm.needs)
+                chosen.update(arm.after)
         return tuple(arm for arm in self.arms if arm.name in chosen)

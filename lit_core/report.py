@@ -145,9 +145,9 @@ def build_report(
     """Gather the arms' results into the report that ``report.json`` holds.
 
     Costs are means over the seeds; the device is this process's unless one is named. Claims about arms that were not
-    run, or whose metric a run lacks, are left out. A claim holds if the 95 % interval of the paired difference lies on
-    the claimed side of 0, does not hold if it lies on the other one, and is ``"inconclusive"`` otherwise, also where a
-    single seed without values of items gives no interval.
+    run are left out; those whose metric a run lacks are named in the notes. A claim holds if the 95 % interval of the
+    paired difference lies on the claimed side of 0, does not hold if it lies on the other one, and is
+    ``"inconclusive"`` otherwise, also where a single seed without values of items gives no interval.
 
     Raises:
         ValueError: Two arms of a claim were measured on different items.
@@ -155,7 +155,9 @@ def build_report(
     by_name = {arm.name: arm for arm in arms}
     compared = [claim for claim in claims if _measured(claim, by_name)]
     n_seeds = max((len(arm.runs) for arm in arms if arm.seeded), default=1)
-    notes = ["Costs are means over seeds and include the arms that an arm builds on."]
+    missing = [claim.text for claim in claims if {claim.arm, claim.baseline} <= set(by_name) and claim not in compared]
+    notes = [f"Not measured: {text}." for text in missing]
+    notes += ["Costs are means over seeds and include the arms that an arm builds on."]
     if n_seeds == 1 and any(arm.seeded for arm in arms):
         notes.append("One seed: intervals cover the items (queries) only and say nothing about other seeds.")
     if any(not arm.seeded for arm in arms) and any(arm.seeded for arm in arms):

@@ -109,7 +109,7 @@ class _Runner:
                 "device": device_name(),
             },
         )
-        needed = {name: self.job(name, job.seed).folder for name in job.arm.needs}
+        needed = {name: self.job(name, job.seed).folder for name in job.arm.after}
         with Clock(job.folder) as clock:
             names = (self.experiment.name, self.scale, job.arm.name)
             job.arm.run(ArmContext(*names, job.seed, job.folder, clock, needed))
@@ -139,7 +139,7 @@ class _Runner:
         number = {id(job): place for place, job in enumerate(waiting)}
         tasks = []
         for job in waiting:
-            needed = [id(self.job(name, job.seed)) for name in job.arm.needs]
+            needed = [id(self.job(name, job.seed)) for name in job.arm.after]
             after = [number[other] for other in needed if other in number]
             tasks.append(Task(job.label, job.folder, job.arm.name, job.seed, after))
         run_tasks(tasks, slots, perform, say)

@@ -137,13 +137,16 @@ def tree_figure(trees: Sequence[Mapping[str, Any]]) -> "Figure":
     most = max((abs(value) for r in responses for value in r["advantages"]), default=0.0) or 1.0
     shade, scale = colormaps["RdBu"], Normalize(-most, most)
     width = max(len(r["pieces"]) for r in responses)
-    with canvas(max(8.0, 0.3 * width), 1.2 + 0.5 * len(responses), "A tree", tree["prompt"]) as (figure, axes):
+    with canvas(max(8.0, 0.3 * width), 1.2 + 0.5 * len(responses), "A tree", _drawable(tree["prompt"])) as (
+        figure,
+        axes,
+    ):
         axes.grid(False)
         for row, response in enumerate(responses):
             for place in range(response["branch"], len(response["pieces"])):
                 value = response["advantages"][place]
                 axes.barh(row, 1, left=place, color=shade(scale(value)), edgecolor="white", height=0.8)
-                text = response["pieces"][place].strip()
+                text = _drawable(response["pieces"][place])
                 colour = "white" if abs(value) > 0.6 * most else INK
                 axes.text(place + 0.5, row, text[:6], ha="center", va="center", fontsize=6.5, color=colour)
             if response["parent"] >= 0:
@@ -155,3 +158,8 @@ def tree_figure(trees: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.set_yticks(range(len(responses)), [f"response {row}" for row in range(len(responses))])
         axes.set_xlabel("token; blue: advantage above 0, red: below")
     return figure
+
+
+def _drawable(piece: str) -> str:
+    """A token's text in characters that every font has."""
+    return "".join(character if character.isascii() and character.isprintable() else "?" for character in piece.strip())

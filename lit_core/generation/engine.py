@@ -122,7 +122,7 @@ class TorchEngine:
         planner: Planner,
         params: SamplingParams,
         hook: StepHook | None = None,
-        reuse: bool = True,
+        reuse: bool | None = None,
     ) -> list[list[Response]]:
         """Draw a tree of responses to each prompt, in rounds that a planner decides on.
 
@@ -134,7 +134,8 @@ class TorchEngine:
             params: How tokens are drawn, and when a response ends.
             hook: As in :meth:`generate`.
             reuse: Begin branches from the cached keys and values of the response that they leave. Without, or where a
-                model runs through its own cache, the prefix is read again.
+                model runs through its own cache, the prefix is read again. None does what lets more rows run at a time:
+                what branches may begin from takes a part of the budget.
 
         Returns:
             The responses to each prompt, prefixes included, in the order in which they were asked for.
@@ -148,6 +149,8 @@ class TorchEngine:
         with self._sampling():
             if not prompts:
                 return []
+            if reuse is None:
+                reuse = self._reusing_admits_more(prompts, planner, params.max_tokens)
             reuse = reuse and self.shared
             cache = self._tree_cache(prompts, planner, params.max_tokens, reuse)
             growth = Growth(cache, planner, prompts, params, stops, hook, _device(self.model), reuse)
@@ -197,6 +200,12 @@ class TorchEngine:
         if self.shared:
             return self._shared_cache(prompts, most_rows, read, drawn)
         return self._generic_cache(min(len(requests), self.kv_tokens // (read + drawn)))
+
+    def _reusing_admits_more(self, prompts: Sequence[Sequence[int]], planner: Planner, drawn: int) -> bool:
+        """Whether at least as many rows run at a time where branches begin from what is stored."""
+        read, most = max(map(len, prompts)), len(prompts) * planner.width
+        reusing = self.kv_tokens // (read + (planner.width + planner.responses) * drawn) * planner.width
+        return min(reusing, most) >= min(self.kv_tokens // (read + 2 * drawn - 1), most)
 
     def _tree_cache(self, prompts: Sequence[Sequence[int]], planner: Planner, drawn: int, reuse: bool) -> Cache:
         """A cache for as many trees at once as the budget allows."""

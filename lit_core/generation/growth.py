@@ -161,10 +161,8 @@ class Growth(Run):
     def _leave(self, done: Sequence[int]) -> None:
         """Drop rows, and begin the next round of each tree that has no other row."""
         numbers = [self.rows[row] for row in done]
-        if self.shared is not None:
-            self.stored.update(zip(numbers, self.shared.store(done), strict=True))
         self._finish(numbers)
-        started = []
+        started, ended = list[int](), set[int]()
         for prompt in dict.fromkeys(self.asked[number][0] for number in numbers):
             if all(number in self.responses for number in self.numbers[prompt]):
                 self.trees[prompt] = [self.responses[number] for number in self.numbers[prompt]]
@@ -172,11 +170,17 @@ class Growth(Run):
                 started += following
                 if not following:
                     self._close(prompt)
+                    ended.add(prompt)
+        if self.shared is not None:
+            going_on = [row for row in done if self.asked[self.rows[row]][0] not in ended]
+            self.stored.update(zip([self.rows[row] for row in going_on], self.shared.store(going_on), strict=True))
         super()._leave(done)
         if self.shared is None:
             self.waiting += [self._group(numbers) for numbers in self._alike(started)]
         elif started:
             self._start(self.shared, started)
+            if max(self.drawn) >= self.params.max_tokens:  # a first token that was the only one
+                self._drop_finished()
 
     def _finish(self, numbers: Sequence[int]) -> None:
         """Keep what requests have drawn."""

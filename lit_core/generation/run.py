@@ -149,8 +149,9 @@ class Run:
         self.tokens[request, step], self.log_probs[request, step] = choice
         if self.hook is not None:
             for name, values in self.hook(logits, choice.tokens).items():
-                kept = self.scalars.setdefault(name, torch.zeros_like(self.log_probs))
-                kept[request, step] = values.float()
+                if name not in self.scalars:
+                    self.scalars[name] = torch.zeros_like(self.log_probs)
+                self.scalars[name][request, step] = values.float()
         if self.ends is None:
             self.ends = torch.zeros(logits.shape[1], dtype=torch.bool, device=self.device)
             self.ends[[token for token in self.params.stop_ids if 0 <= token < len(self.ends)]] = True

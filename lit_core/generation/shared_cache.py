@@ -140,10 +140,7 @@ class SharedCache:
 
     def store(self, rows: Sequence[int]) -> list[Stored]:
         """Copies of what rows hold of their responses."""
-        index = torch.tensor(rows, device=self.device)
-        longest = max(self.lengths[row] for row in rows)
-        layers = [cache[:, :, :, :longest].index_select(1, index) for cache in self.cache]
-        return [Stored([layer[:, place, :, : self.lengths[row]] for layer in layers]) for place, row in enumerate(rows)]
+        return [Stored([cache[:, row, :, : self.lengths[row]].clone() for cache in self.cache]) for row in rows]
 
     def branch(self, names: Sequence[int], stored: Sequence[Stored], lengths: Sequence[int]) -> None:
         """Begin rows that hold the first tokens of stored responses already.

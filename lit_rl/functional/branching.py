@@ -14,6 +14,7 @@ from torch.nn.functional import embedding_bag
 Variant = Literal["offdiag", "allpairs", "rao"]
 EntropySupport = Literal["full", "topk"]
 CHUNK = 1 << 19  # logits that are worked on at a time; more leave the caches
+GPU_CHUNK = 1 << 26  # 256 MiB, so that few operations are started
 LOWEST = -1e4  # stands for minus infinity, so that 0 log 0 = 0
 
 
@@ -65,7 +66,7 @@ def branching_scores(
     rows = logits.detach().reshape(-1, vocabulary)
     drawn = None if sampled is None else sampled.reshape(-1)
     entropies, divergences = (torch.empty(len(rows), device=logits.device) for _ in range(2))
-    step = max(1, CHUNK // vocabulary)
+    step = max(1, (GPU_CHUNK if logits.is_cuda else CHUNK) // vocabulary)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         shifted = rows[part].float()

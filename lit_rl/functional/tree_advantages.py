@@ -101,9 +101,9 @@ def tree_rl(
         forest: Lineage of the responses.
         rewards: ``(B,)``.
         mask: Bool ``(B, T)``.
-        reweight: ``leaves`` divides by the root of the number of leaves below; ``code`` divides ``V`` by it before
-            the differences are taken, as the authors' code does.
-        selected: Leaves that are trained on, bool ``(B,)``: only these count in the root, and the others get 0.
+        reweight: ``leaves`` divides by the square root of the number of leaves below; ``code`` divides ``V`` by it
+            before the differences are taken, as the authors' code does.
+        selected: Leaves that are trained on, bool ``(B,)``: only these are counted below a node, and the others get 0.
     """
     path = segments(forest)
     selected = torch.ones_like(forest.lengths, dtype=torch.bool) if selected is None else selected

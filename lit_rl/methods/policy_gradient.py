@@ -157,7 +157,7 @@ class PolicyGradient(PolicyMethod):
         self.draws += 1
         self.tokens_drawn += int(summed(torch.tensor(float(drawn.new_tokens), device=self.device)))
         self.draws_waiting += 1
-        self.tokens_read = int(drawn.mask.sum())
+        self.tokens_read = drawn.new_tokens
         self.latest = drawn
         rows = informative(drawn)
         total = summed(torch.tensor([float(len(rows)), float(len(drawn))], device=self.device))
@@ -318,7 +318,7 @@ class PolicyGradient(PolicyMethod):
         self.log("rollout/truncated", drawn.truncated.float().mean(), sync_dist=True)
         self.log("rollout/tokens_total", float(self.tokens_drawn))
         self.log("time/rollout_s", seconds)
-        self.log("time/rollout_tokens_per_s", float(lengths.sum()) / seconds)
+        self.log("time/rollout_tokens_per_s", self.tokens_read / seconds)
 
     def _count_step(self) -> None:
         """Count one step for the trainer, and move the learning rate on."""
@@ -327,9 +327,16 @@ class PolicyGradient(PolicyMethod):
         optimizer._on_before_step()
         optimizer._on_after_step()
         scheduler.step()  # type: ignore[union-attr]
+        self._keep_to_budget()
+
+    def _keep_to_budget(self) -> None:
         budget = self.rollout.token_budget
         if budget is not None and self.tokens_drawn >= budget:
             self.trainer.should_stop = True
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._keep_to_budget()  # a fit that goes on may have drawn enough
 
     def batch_tokens(self, batch: ProblemBatch) -> int:
         """Tokens of the responses that were drawn for a batch."""

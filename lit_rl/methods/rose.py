@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_core.backbones import BackboneConfig, Lora, Quantization
+from lit_core.backbones import BackboneConfig, Lora, Quantization, unwrap
 from lit_core.errors import InputError
 from lit_core.optim import Schedule
 from lit_core.samplers import mix_seed
@@ -26,7 +26,7 @@ from lit_rl.modules.experience import Experience
 from lit_rl.modules.rollouts import Rollout
 from lit_rl.modules.trees.chains import collect_chains, collect_fr3e
 from lit_rl.modules.trees.collect import collect_trees
-from lit_rl.modules.trees.config import CHAINED, FROM_LOGITS, TreeConfig
+from lit_rl.modules.trees.config import CHAINED, FROM_LOGITS, UNEVEN, TreeConfig
 from lit_rl.modules.trees.scores import check_table, unit_embeddings
 from lit_rl.modules.trees.selection import selected
 from lit_rl.modules.trees.statistics import branch_statistics
@@ -44,7 +44,6 @@ ESTIMATORS: dict[str, Callable[[Forest, Tensor, Tensor], Tensor]] = {
     "rloo": lambda forest, scores, mask: flat.rloo(scores, forest.group_ids, mask),
     "spo_tree": lambda forest, scores, mask: trees.spo_tree(forest, scores, mask).advantages,
     "spo_tree_scaled": lambda forest, scores, mask: trees.spo_tree(forest, scores, mask, "grpo").advantages,
-    "tree_rl_code": lambda forest, scores, mask: trees.tree_rl(forest, scores, mask, "code"),
     "tree_po": lambda forest, scores, mask: trees.tree_po(forest, scores, mask, "average", reduce=summed),
     "tree_po_by_size": lambda forest, scores, mask: trees.tree_po(forest, scores, mask, "group_size", reduce=summed),
     "tree_grpo": lambda forest, scores, mask: trees.tree_grpo(forest, scores, mask, "sum"),
@@ -114,10 +113,22 @@ class ROSE(PolicyGradient):
         self.calibrated = estimator == "segments" and length_penalty > 0 and tree.sampler not in CHAINED
         if self.calibrated and loss.kl_coef > 0 and loss.kl_in == "reward":
             raise InputError("a length penalty needs rewards in [0, 1]; kl_in: loss", field="length_penalty")
-        if rollout.dynamic and tree.sampler in CHAINED:
-            raise InputError(f"{tree.sampler} decides by itself what it leaves out", field="rollout.dynamic")
+        if rollout.dynamic and tree.sampler in UNEVEN:
+            raise InputError(f"{tree.sampler} makes groups of different sizes", field="rollout.dynamic")
+        if tree.kept and estimator not in ("tree_rl", "tree_rl_code"):
+            raise InputError(f"only tree_rl learns from some of the responses, not {estimator}", field="tree.kept")
+        if share and estimator != "segments":
+            raise InputError(f"counts shared tokens of segments, not of {estimator}", field="share")
         self.tree, self.estimator, self.length_penalty, self.share = tree, estimator, length_penalty, share
         self.table: Tensor | None = None  # unit embeddings that scores compare
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        size = len(unwrap(self.policy.model).get_input_embeddings().weight)
+        if self.tree.top_k > size:
+            raise InputError(
+                f"must be at most the {size} tokens of the vocabulary, got {self.tree.top_k}", field="tree.top_k"
+            )
 
     def collect(self, batch: ProblemBatch, seed: int, first_group: int) -> Rollout:
         given = (self.policy, batch, self.tree, self.rollout, seed, self.scorer, self.device)
@@ -128,6 +139,8 @@ class ROSE(PolicyGradient):
         if self.tree.sampler == "fr3e":
             return collect_fr3e(*given)
         found, grown = collect_trees(*given, self._embeddings(), first_group)
+        if not self.tree.freeze_embeddings:
+            self.table = None  # as large as the table itself
         self.log_dict(branch_statistics(grown), sync_dist=True)
         return found
 
@@ -146,8 +159,9 @@ class ROSE(PolicyGradient):
         forest = rollout.forest
         if self.estimator == "segments":
             experience.advantages = trees.rose(forest, scores, mask, self.length_penalty, self.share)
-        elif self.estimator == "tree_rl":
-            experience.advantages = trees.tree_rl(forest, scores, mask, "leaves", self._selected(forest, scores))
+        elif self.estimator in ("tree_rl", "tree_rl_code"):
+            reweight: trees.Reweight = "leaves" if self.estimator == "tree_rl" else "code"
+            experience.advantages = trees.tree_rl(forest, scores, mask, reweight, self._selected(forest, scores))
         else:
             experience.advantages = ESTIMATORS[self.estimator](forest, scores, mask)
 
@@ -161,7 +175,7 @@ class ROSE(PolicyGradient):
         """The embedding table at length 1: of the present weights, or of the first ones."""
         if self.tree.sampler != "branching" or self.tree.score not in FROM_LOGITS:
             return None
-        if self.table is None or not self.tree.freeze_embeddings:
+        if self.table is None:
             self.table = unit_embeddings(self.policy.model)
         check_table(self.table, self.policy.model)
         self.log("rollout/table_cosine", mean_cosine(self.table))

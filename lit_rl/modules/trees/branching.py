@@ -63,33 +63,32 @@ class Branching:
             newest = range(len(responses))
         else:
             newest = range(len(responses) - 1, len(responses))
-        used = {(response.parent, response.position) for response in responses if response.parent is not None}
         for number in newest:
-            response = responses[number]
-            values = scores_of(response, self.config.score).numpy().copy()
-            values[: response.position] = -np.inf  # the parent's, which comes first
-            values[self._eligible(response) :] = -np.inf
-            if self.config.unique_positions:
-                for parent, position in used:
-                    if parent == number or (position == response.position and parent == response.parent):
-                        values[position : position + 1] = -np.inf
-            if not len(values):
+            places = self._eligible(responses, number)
+            if not places:
                 continue
-            place = int(values.argmax())  # the first of equal ones
-            if np.isfinite(values[place]) and values[place] > self.best.get(prompt, (-np.inf,))[0]:
-                self.best[prompt] = (float(values[place]), number, place)
+            values = scores_of(responses[number], self.config.score).numpy()[places]
+            first = int(values.argmax())  # the first of equal ones
+            if values[first] > self.best.get(prompt, (-np.inf,))[0]:
+                self.best[prompt] = (float(values[first]), number, places[first])
 
-    def _eligible(self, response: Response) -> int:
-        """Positions that a branch may begin at."""
+    def _eligible(self, responses: Sequence[Response], number: int) -> list[int]:
+        """A response's own positions that a branch may begin at; those before are its parent's, which comes first."""
+        response = responses[number]
         end = self.config.skip_end and response.finish_reason == "stop"
-        return max(0, len(response.tokens) - max(int(end), self.config.skip_last))
+        last = len(response.tokens) - max(int(end), self.config.skip_last)
+        places = list(range(response.position, last))
+        if self.config.unique_positions:
+            used = {other.position for other in responses if other.parent == number}
+            if response.parent is not None:
+                used.add(response.position)  # the node that it left its parent at
+            places = [place for place in places if place not in used]
+        return places
 
     def _anywhere(self, problem: int, responses: Sequence[Response]) -> tuple[int, int]:
         """A position of the tree, each as likely as any other."""
         places = [
-            (number, position)
-            for number, response in enumerate(responses)
-            for position in range(response.position, self._eligible(response))
+            (number, position) for number in range(len(responses)) for position in self._eligible(responses, number)
         ]
         generator = random.Random(mix_seed(self.seed, problem, len(responses), PLACE))
         return places[generator.randrange(len(places))]

@@ -12,7 +12,7 @@ from lit_rl.modules.policy import Policy
 from lit_rl.modules.rollouts import Rollout, sampling_params, scored
 from lit_rl.modules.scoring import Scorer
 from lit_rl.modules.trees.branching import Branching, Rounds, lineage
-from lit_rl.modules.trees.config import FROM_LOGITS, TreeConfig
+from lit_rl.modules.trees.config import TreeConfig
 from lit_rl.modules.trees.scores import ScoreHook
 from lit_rl.modules.trees.segments import SegmentTree, leaf_lineage
 from lit_rl.problems import ProblemBatch
@@ -41,7 +41,7 @@ def grow(
     rollout: RolloutConfig,
     seed: int,
     hook: StepHook | None,
-    reuse: bool = True,
+    reuse: bool | None = None,
 ) -> list[list[Response]]:
     """Draw a tree of responses to each problem; it depends on the seed and the problem's id alone.
 
@@ -52,7 +52,7 @@ def grow(
         rollout: How tokens are drawn.
         seed: Of this rollout.
         hook: Scores of positions.
-        reuse: Begin branches from stored keys and values.
+        reuse: Begin branches from stored keys and values; see ``TorchEngine.grow``.
     """
     planner = planner_of(config, rollout, seed, [problem.id for problem in batch.problems])
     engine = TorchEngine(policy.model, policy.tokenizer, rollout.kv_tokens)
@@ -81,11 +81,10 @@ def collect_trees(
         seed: Of this rollout.
         scorer: Gives the rewards.
         device: Where the tensors go.
-        table: Unit embeddings for scores that compare tokens.
+        table: Unit embeddings; with them positions are scored.
         first_group: Number of the first group.
     """
-    wanted = config.sampler == "branching" and config.score in FROM_LOGITS
-    hook = ScoreHook(table, config) if wanted and table is not None else None
+    hook = None if table is None else ScoreHook(table, config)
     trees = grow(policy, batch, config, rollout, seed, hook)
     drawn = sum(len(response.tokens) - response.position for tree in trees for response in tree)
     responses, counts, parents, branches = list[Response](), list[int](), list[Tensor](), list[Tensor]()

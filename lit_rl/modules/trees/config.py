@@ -11,6 +11,7 @@ Sampler = Literal["independent", "branching", "tree_rl", "tree_grpo", "tree_po",
 Score = Literal["semantic_entropy", "divergence", "entropy", "min_probability", "random"]
 FROM_LOGITS = ("semantic_entropy", "divergence", "entropy")
 CHAINED = ("spo_chain", "fr3e")  # their continuations are drawn behind scored responses
+UNEVEN = (*CHAINED, "spo_tree")  # prompts have different numbers of rows
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,13 @@ def branch_statistics(trees: Sequence[Sequence[Response]]) -> dict[str, float]:
     responses = list(chain.from_iterable(trees))
     places = [branch_places(tree) for tree in trees]
     branches = max(1, sum(map(len, places)))
-    percentiles = list(chain.from_iterable(map(entropy_percentiles, trees)))
-    return {
+    found = {
         "tree/branched": sum(map(len, places)) / len(responses),
         "tree/reused_tokens": sum(r.position for r in responses) / max(1, sum(len(r.tokens) for r in responses)),
         "tree/distinct_places": sum(len(set(tree)) for tree in places) / branches,
         "tree/branch_position": sum(position for tree in places for _, position in tree) / branches,
-        "tree/entropy_percentile": sum(percentiles) / branches,
     }
+    if "entropy" in responses[0].scalars:  # the same on all ranks
+        percentiles = list(chain.from_iterable(map(entropy_percentiles, trees)))
+        found["tree/entropy_percentile"] = sum(percentiles) / branches
+    return found

@@ -11,9 +11,11 @@ from policy_worker import ROLLOUT, Logged, SaveAt, build, fit, weights
 
 from lit_core.errors import InputError
 from lit_rl.functional.tree_advantages import rose
+from lit_rl.methods import rose as rose_method
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.rose import ESTIMATORS, ROSE
 from lit_rl.modules.config import LossConfig, RolloutConfig
+from lit_rl.modules.trees.collect import collect_trees
 from lit_rl.modules.trees.config import TreeConfig
 from lit_rl.modules.trees.scores import unit_embeddings
 
@@ -118,15 +120,22 @@ def test_a_resumed_fit_ends_with_the_same_weights(frozen: bool, tmp_path: Path) 
         assert torch.equal(whole.table, again.table)
 
 
-def test_the_embeddings_are_those_of_each_rollout_or_the_first(tmp_path: Path) -> None:
-    tables = {}
+def test_the_embeddings_are_those_of_each_rollout_or_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[torch.Tensor] = []
+
+    def seen(*given: Any) -> Any:
+        tables.append(given[7].clone())
+        return collect_trees(*given)
+
+    monkeypatch.setattr(rose_method, "collect_trees", seen)
     for frozen in (False, True):
         module = made(TreeConfig(freeze_embeddings=frozen))
         module.configure_model()
         first = unit_embeddings(module.policy.model)
+        tables.clear()
         fit(module, tmp_path, 3)
-        tables[frozen] = bool((module.table == first).all())
-    assert tables == {False: False, True: True}
+        assert [torch.equal(table, first) for table in tables] == [True, frozen, frozen]
+        assert (module.table is not None) == frozen
 
 
 def test_dynamic_sampling_takes_whole_trees(tmp_path: Path) -> None:
@@ -162,7 +171,7 @@ def test_rewards_outside_of_the_unit_interval_are_refused(tmp_path: Path) -> Non
         ({"loss": LossConfig(kl_coef=0.1, kl="k1", kl_in="reward")}, r"a length penalty needs rewards in \[0, 1\]"),
         (
             {"tree": TreeConfig(sampler="fr3e"), "rollout": replace(EIGHT, dynamic=True)},
-            r"rollout.dynamic': fr3e decides by itself",
+            r"rollout.dynamic': fr3e makes groups of different sizes",
         ),
         ({"tree": TreeConfig(sampler="tree_rl", chains=3)}, r"tree_rl makes 12 responses a prompt, got 8"),
     ],
