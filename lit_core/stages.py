@@ -141,7 +141,10 @@ class ExperimentCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.subcommand]
         settings["checkpoint"].dirpath = str(self.folder)
-        callbacks = [StepSeed(int(settings["seed_everything"])), CurveRecorder(self.folder)]
+        callbacks = [
+            StepSeed(int(settings["seed_everything"])),
+            CurveRecorder(self.folder, settings["trainer"]["log_every_n_steps"] or 10),
+        ]
         paths = (*self.spec.recorders, *(() if self.quiet else self.spec.callbacks))
         callbacks += [load(path)(self.folder) for path in paths]
         self.throughput = Throughput()  # in evaluation too: a checkpoint asks for the callbacks that it was made with

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from experiments.rose import SPEC
 from experiments.rose.__main__ import main as rose
