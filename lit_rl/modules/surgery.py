@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lit_core.samplers import mix_seed
 from lit_core.sharding import gather_objects, world_size
+from lit_rl.functional.interference import conflicts, module_cosines
 from lit_rl.functional.surgery import SurgeryMethod, draw_orders, fixed_orders, gradvac_weights, surgery_weights
-from lit_rl.modules.granularity import Granularity, Partition, partition
+from lit_rl.modules.granularity import Granularity, Part, Partition, partition
 
 BLOCK = {"cpu": 1 << 16}  # numbers of a gradient that are worked on at a time: on a CPU they stay in the caches
 DEVICE_BLOCK = 1 << 22
@@ -182,6 +183,25 @@ class DomainGradients:
         self.groups = list(groups.values())
 
 
+@dataclass(frozen=True)
+class ConflictTable:
+    """What a step's gradients had to do with each other, part by part.
+
+    Args:
+        parts: Of the model.
+        domains: Names.
+        cosines: Between domains ``(M, T, T)``.
+        conflicts: Pairs of domains whose scalar product is negative ``(M,)``.
+        pairs: Pairs of domains that both have a gradient ``(M,)``.
+    """
+
+    parts: tuple[Part, ...]
+    domains: tuple[str, ...]
+    cosines: Tensor
+    conflicts: Tensor
+    pairs: Tensor
+
+
 class GradientSurgery:
     """Surgery on the gradients of several losses of any module.
 
@@ -248,7 +268,7 @@ class GradientSurgery:
         self.gradients.check_in_step(list(losses))
         for number, (domain, loss) in enumerate(losses.items()):
             with self.gradients.record(domain):
-                loss.backward(retain_graph=number + 1 < len(losses))  # type: ignore[no-untyped-call]
+                loss.backward(retain_graph=number + 1 < len(losses))
         if last:
             self.finish(mix_seed(self.seed, self.steps))
 
@@ -263,6 +283,12 @@ class GradientSurgery:
         self.gram, self.weights = gram, self._weights(gram, seed)
         self.gradients.combine(self.weights)
         self.steps += 1
+
+    def table(self) -> ConflictTable:
+        """Conflicts of the last step."""
+        if self.gram is None:
+            raise ValueError("no step has been taken")
+        return ConflictTable(self.split.parts, self.gradients.domains, module_cosines(self.gram), *conflicts(self.gram))
 
     def _weights(self, gram: Tensor, seed: int) -> Tensor:
         modules, domains = gram.shape[:2]

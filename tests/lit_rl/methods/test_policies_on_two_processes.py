@@ -69,7 +69,9 @@ def test_three_updates_end_with_the_same_weights(runs: Runs, name: str) -> None:
     assert two["steps"] == one["steps"] == 3
 
 
-@pytest.mark.parametrize("name", [f"{name} resumed" for name in ("fsdp grpo", "fsdp ppo", "fsdp adapters", "ddp ppo")])
+@pytest.mark.parametrize(
+    "name", [f"{name} resumed" for name in ("fsdp grpo", "fsdp ppo", "fsdp adapters", "ddp ppo", "fsdp mgs")]
+)
 def test_a_checkpoint_is_gone_on_from(runs: Runs, name: str) -> None:
     two, one = runs(name)
     same(two["weights"], one["weights"])
