@@ -34,7 +34,7 @@ class Runs:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         found = subprocess.run(
             [sys.executable, *command, str(self.two), str(untied)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False,
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         self.log = found.stdout + found.stderr
         self.scenarios = worker.scenarios(self.one, str(untied))
