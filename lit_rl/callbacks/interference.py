@@ -80,7 +80,7 @@ def heat_map(table: ConflictTable, shares: list[float], step: int) -> "Figure":
     """Draw the share of conflicts ``(M,)`` of each module."""
     rows, columns, values = cells(table, shares)
     size = (2.4 + 0.55 * len(columns), 2.4 + 0.3 * len(rows))
-    subtitle = f"share of {'-'.join(table.domains)} pairs, step {step}"
+    subtitle = f"share of the pairs of {', '.join(table.domains)} whose gradients conflict, step {step}"
     with canvas(max(size[0], 4.5), size[1], "Conflicts", subtitle) as (figure, axes):
         image = axes.imshow(values, vmin=0, vmax=1, cmap="magma_r", aspect="auto")
         axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8)
