@@ -17,6 +17,7 @@ class Problem:
         prompt: Text of the user's turn.
         row: Fields that the reward reads.
         solution: A response to imitate, where there is one.
+        domain: What it is a problem of, where several are learned at once.
     """
 
     id: int
@@ -24,6 +25,7 @@ class Problem:
     prompt: str
     row: Mapping[str, Any] = field(default_factory=dict)
     solution: str | None = None
+    domain: str = ""
 
 
 class ProblemBatch:

@@ -113,6 +113,40 @@ def grpo(
     return _by_token(advantages, mask)
 
 
+def grpo_by_domain(
+    scores: Tensor,
+    group_ids: Tensor,
+    domain_ids: Tensor,
+    domains: int,
+    mask: Tensor,
+    epsilon: float = 1e-6,
+    reduce: Reduce = identity,
+) -> Tensor:
+    """``(r - mean of the group) / (std of the domain + epsilon)``, the same for all tokens of a response.
+
+    The unbiased standard deviation of the rewards of all samples of the domain in the batch; a domain of one sample
+    gives 0.
+
+    Args:
+        scores: ``(B,)``.
+        group_ids: Long ``(B,)``.
+        domain_ids: Long ``(B,)``, below ``domains``.
+        domains: How many, on all ranks.
+        mask: Bool ``(B, T)``.
+        epsilon: Added to the deviation.
+        reduce: Sums over ranks.
+    """
+    scores = scores.float()
+    zeros = torch.zeros(domains, device=scores.device)
+    count = reduce(zeros.index_add(0, domain_ids, torch.ones_like(scores)))
+    mean = reduce(zeros.index_add(0, domain_ids, scores)) / count.clamp(min=1)
+    squares = reduce(zeros.index_add(0, domain_ids, (scores - mean[domain_ids]).square()))
+    deviation = (squares / (count - 1).clamp(min=1)).sqrt()
+    alone = (count == 1)[domain_ids]
+    advantages = centred(scores, group_statistics(scores, group_ids)) / (deviation[domain_ids] + epsilon)
+    return _by_token(torch.where(alone, 0.0, advantages), mask)
+
+
 def dr_grpo(scores: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
     """``r - mean of the group``, the same for all tokens of a response (Liu et al. 2025)."""
     return grpo(scores, group_ids, mask, scale="none")

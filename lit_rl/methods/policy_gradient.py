@@ -28,10 +28,10 @@ from lit_rl.functional.masking import masked_mean
 from lit_rl.methods.policy_method import PolicyMethod
 from lit_rl.modules.config import EvaluationConfig, ExplorationConfig, LossConfig, RolloutConfig, UpdateConfig
 from lit_rl.modules.experience import Experience, Totals, deal_groups
-from lit_rl.modules.exploration import Exploration
+from lit_rl.modules.exploration import Exploration, Selection
 from lit_rl.modules.layout import Chunk
 from lit_rl.modules.passes import Passes
-from lit_rl.modules.rollouts import Rollout, collect, informative, joined
+from lit_rl.modules.rollouts import Rollout, collect, informative, joined, renumbered
 from lit_rl.modules.surrogate import Surrogate
 from lit_rl.problems import ProblemBatch, PromptConfig
 
@@ -169,7 +169,7 @@ class PolicyGradient(PolicyMethod):
         if not config.dynamic:
             return drawn
         if rows:
-            self.waiting.append(_renumbered(drawn.take(rows), held))
+            self.waiting.append(renumbered(drawn.take(rows), held))
         full = len(batch) * config.samples
         ready = all(gather_objects(sum(len(part) for part in self.waiting) >= full))
         if not ready and self.draws_waiting < config.most_draws:
@@ -223,19 +223,7 @@ class PolicyGradient(PolicyMethod):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        chunks = self.passes.chunks(experience.sequences, self._with_gradient(experience, rows), self.device)
-        selection = None
-        if self.term.selects and self.exploration.scope == "batch":
-            selection = self.passes.select(self.term, experience, rows, seed)
-        scale = self.surrogate.denominators(experience, rows, chunks, selection, self.update_constant(rows))
-        whole = torch.zeros((), device=self.device)
-        with self.no_sync():  # ranks may have different numbers of chunks
-            for chunk in chunks:
-                loss = world_size() * self.chunk_loss(chunk, experience, scale, selection, totals, seed)
-                self.manual_backward(loss)  # a rank's gradient is that of its share of the loss; their mean is taken
-                whole += loss.detach()
-        totals.add("policy/loss", whole)
-        average_gradients(self.parameters())
+        totals.add("policy/loss", self.form_gradient(experience, rows, totals, seed))
         for parameter in self.resting():
             parameter.grad = None
         norms = [clip_gradients(parameters, self.max_grad_norm) for parameters in self.clipped_apart()]
@@ -248,6 +236,36 @@ class PolicyGradient(PolicyMethod):
             optimizer.zero_grad()  # then the step changes nothing: neither momentum nor decay
         _step_uncounted(optimizer)
         optimizer.zero_grad()
+
+    def form_gradient(self, experience: Experience, rows: list[int], totals: Totals, seed: int) -> Tensor:
+        """Leave the gradient of a mini-batch in ``p.grad``, the same on all ranks.
+
+        Returns:
+            This rank's part of the loss, of which the mean over the ranks is the loss, shape ``()``.
+        """
+        chunks = self.passes.chunks(experience.sequences, self._with_gradient(experience, rows), self.device)
+        selection = self._select(experience, rows, seed)
+        scale = self.surrogate.denominators(experience, rows, chunks, selection, self.update_constant(rows))
+        whole = torch.zeros((), device=self.device)
+        with self.no_sync():  # ranks may have different numbers of chunks
+            for chunk in chunks:
+                whole += self._backward(chunk, experience, scale, selection, totals, seed)
+        average_gradients(self.parameters())
+        return whole
+
+    def _select(self, experience: Experience, rows: list[int], seed: int) -> Selection | None:
+        """Tokens that the exploration term chooses over the whole mini-batch, if it does so."""
+        if not self.term.selects or self.exploration.scope != "batch":
+            return None
+        return self.passes.select(self.term, experience, rows, seed)
+
+    def _backward(
+        self, chunk: Chunk, experience: Experience, scale: Any, selection: Any, totals: Totals, seed: int
+    ) -> Tensor:
+        """Backward pass of a micro-batch; a rank's gradient is that of its share of the loss, their mean is taken."""
+        loss = world_size() * self.chunk_loss(chunk, experience, scale, selection, totals, seed)
+        self.manual_backward(loss)
+        return loss.detach()
 
     def chunk_loss(
         self,
@@ -376,13 +394,6 @@ class PolicyGradient(PolicyMethod):
             raise InputError("16-mixed scales gradients, which are checked and clipped here; use bf16-mixed")
         if precision in ("16-true", "bf16-true"):
             raise InputError(f"{precision} would keep log-probabilities in 16 bits; use 32-true and loading.dtype")
-
-
-def _renumbered(rollout: Rollout, first: int) -> Rollout:
-    """Number the groups from ``first`` on, without gaps."""
-    names = {group: first + number for number, group in enumerate(dict.fromkeys(rollout.sequences.groups))}
-    rollout.sequences.groups = [names[group] for group in rollout.sequences.groups]
-    return rollout
 
 
 def _step_uncounted(optimizer: LightningOptimizer) -> None:

@@ -7,6 +7,8 @@ from lit_core.errors import InputError
 from lit_core.generation.engine import KV_TOKENS
 from lit_rl.functional.exploration import Scale
 from lit_rl.functional.losses import Divergence, RatioLevel, Reduction, WeightLevel
+from lit_rl.functional.surgery import SurgeryMethod
+from lit_rl.modules.granularity import Granularity
 from lit_rl.modules.layout import Layout
 
 ExplorationKind = Literal[
@@ -160,6 +162,41 @@ class UpdateConfig:
 
     def __post_init__(self) -> None:
         at_least(1, epochs=self.epochs, mini_batches=self.mini_batches, micro_tokens=self.micro_tokens)
+
+
+@dataclass(frozen=True)
+class SurgeryConfig:
+    """How the gradients of several domains become one (MGS card, sections 2, 5 and 10).
+
+    Args:
+        granularity: What surgery treats as one module: each parameter, as the authors' code does; a linear layer; the
+            attention or the feed-forward part of a layer, as the paper's text has it; a layer; everything (PCGrad).
+        method: ``pcgrad`` takes from each gradient what points against another; ``gradvac``, ``cagrad`` and ``mgda``
+            are other ways; ``sum`` is mixed training.
+        compat: Take gradients with a squared norm of at most 1e-12 as none, as the authors' code does, instead of those
+            that small beside the other domains'.
+        weighting: Domains count by their share of the batch, or each as much as any other.
+        order: In which order a domain meets the others: drawn anew for each module and step, or by name.
+        radius: c of ``cagrad``.
+        decay: Share of the last cosine in the running means of ``gradvac``.
+        domains: Their names; empty takes those of the problems, as they come up.
+    """
+
+    granularity: Granularity = "param"
+    method: SurgeryMethod = "pcgrad"
+    compat: bool = False
+    weighting: Literal["share", "per_domain_mean"] = "share"
+    order: Literal["random", "fixed"] = "random"
+    radius: float = 0.5
+    decay: float = 0.5
+    domains: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        at_least(0, radius=self.radius, decay=self.decay)
+        if self.decay > 1:
+            raise InputError(f"must be at most 1, got {self.decay}", field="surgery.decay")
+        if len(set(self.domains)) < len(self.domains):
+            raise InputError(f"names must differ, got {self.domains}", field="surgery.domains")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Experience:
         values: What it gave.
         reference_log_probs: Under the frozen weights; None without a divergence.
         weights: Importance weights of the tokens; None without a correction.
+        domains: Domain of each row; empty where they do not matter.
     """
 
     sequences: Sequences
@@ -38,6 +39,7 @@ class Experience:
     values: Tensor | None = None
     reference_log_probs: Tensor | None = None
     weights: Tensor | None = None
+    domains: Sequence[str] = ()
 
 
 def deal_groups(sequences: Sequences, mini_batches: int, *seed_parts: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lit_core.sharding import maximum
 from lit_core.tokens import plan_chunks, plan_equal_chunks
 from lit_rl.modules.trie import Nodes, Tree, grow, join
 
@@ -87,7 +88,13 @@ class Sequences:
         return cls(prompts, responses, [group for part in parts for group in part.groups])
 
     def chunks(
-        self, rows: Sequence[int], budget: int, device: torch.device, layout: Layout = "auto", equal: bool = False
+        self,
+        rows: Sequence[int],
+        budget: int,
+        device: torch.device,
+        layout: Layout = "auto",
+        equal: bool = False,
+        spare: int | None = None,
     ) -> list[Chunk]:
         """Cut rows into chunks of at most ``budget`` tokens.
 
@@ -98,7 +105,11 @@ class Sequences:
             layout: ``auto`` takes the trie, which without a shared token is ``shared``, or ``sorted``, where the
                 trie's longer rows cost more than the tokens that they spare.
             equal: Every rank makes equally many chunks, as sharded models need; these are length-sorted.
+            spare: With ``equal`` and no rows, a row for idle chunks, as many as the other ranks have; None where all
+                ranks have rows.
         """
+        if equal and not rows and spare is not None:
+            return [self._idle([spare], device) for _ in range(maximum(0, device))]
         if not rows:
             return []
         if equal:

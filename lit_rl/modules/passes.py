@@ -27,10 +27,12 @@ class Passes:
         self.policy, self.micro_tokens, self.equal = policy, micro_tokens, equal
         self.layout: Layout = layout if policy.shares_prompts else "sorted"
 
-    def chunks(self, sequences: Sequences, rows: Sequence[int], device: torch.device) -> list[Chunk]:
-        """Chunks of some rows."""
+    def chunks(
+        self, sequences: Sequences, rows: Sequence[int], device: torch.device, spare: int | None = None
+    ) -> list[Chunk]:
+        """Chunks of some rows; ``spare`` is the row of idle chunks where this rank has none and others have some."""
         budget = self.micro_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
-        return sequences.chunks(rows, budget, device, self.layout, self.equal)
+        return sequences.chunks(rows, budget, device, self.layout, self.equal, spare)
 
     @torch.no_grad()
     def by_token(

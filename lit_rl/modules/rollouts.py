@@ -234,6 +234,13 @@ def informative(rollout: Rollout) -> list[int]:
     return [row for row, group in enumerate(rollout.sequences.groups) if len(spread[group]) > 1]
 
 
+def renumbered(rollout: Rollout, first: int) -> Rollout:
+    """Number the groups from ``first`` on, without gaps."""
+    names = {group: first + number for number, group in enumerate(dict.fromkeys(rollout.sequences.groups))}
+    rollout.sequences.groups = [names[group] for group in rollout.sequences.groups]
+    return rollout
+
+
 def joined(parts: Sequence[Rollout]) -> Rollout:
     """Rollouts one after the other, padded to the same length."""
     if len(parts) == 1:

@@ -49,7 +49,7 @@ class Surrogate:
         constant: float,
     ) -> Denominators:
         """Count what an optimizer step sees, before its first micro-batch."""
-        mask = experience.mask[torch.tensor(rows, device=experience.mask.device)]
+        mask = experience.mask[torch.tensor(rows, dtype=torch.long, device=experience.mask.device)]
         tokens = summed(mask.sum().float()).clamp(min=1)
         whole = loss_denominator(mask, self.config.reduction, constant, summed)
         if self.term.config.kind == "forking" and self.config.reduction == "token_mean":  # over the tokens kept

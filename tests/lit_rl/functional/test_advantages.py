@@ -9,6 +9,7 @@ from lit_rl.functional.advantages import (
     dr_grpo,
     gae,
     grpo,
+    grpo_by_domain,
     reinforce_pp,
     reinforce_pp_baseline,
     remax,
@@ -164,3 +165,16 @@ def test_whitening_over_ranks_is_that_of_the_whole() -> None:
         answers = iter(sums)
         found.append(whiten(values[rows], mask[rows], reduce=lambda own, answers=answers: next(answers)))
     torch.testing.assert_close(torch.cat(found), whiten(values, mask))
+
+
+def test_normalised_by_the_deviation_of_the_domain() -> None:
+    """Groups (0, 1), (1, 3) of one domain with deviation sqrt(19 / 12) and (5, 5), (5, 9) of another with 2."""
+    scores = torch.tensor([0.0, 1, 5, 5, 1, 3, 5, 9, 4])
+    groups = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4])
+    domains = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 2])
+    mask = torch.ones(9, 2, dtype=torch.bool)
+    mask[0, 1] = False
+    found = grpo_by_domain(scores, groups, domains, 3, mask, 0.0)
+    one = math.sqrt(19 / 12)
+    expected = torch.tensor([-0.5 / one, 0.5 / one, 0, 0, -1 / one, 1 / one, -1.0, 1.0, 0])
+    torch.testing.assert_close(found, expected[:, None] * mask, atol=1e-6, rtol=0)

@@ -21,6 +21,7 @@ from lit_core.samplers import permutation
 from lit_core.sharding import rank
 from lit_rl.data.prompts import PromptDataModule
 from lit_rl.methods.grpo import GRPO
+from lit_rl.methods.mgs import MGS
 from lit_rl.methods.ppo import PPO
 from lit_rl.methods.rose import ROSE
 from lit_rl.methods.sft import SFT
@@ -31,6 +32,7 @@ from lit_rl.modules.config import (
     ExplorationConfig,
     LossConfig,
     RolloutConfig,
+    SurgeryConfig,
     UpdateConfig,
 )
 from lit_rl.modules.layout import Sequences
@@ -41,6 +43,7 @@ FLAT = Schedule("constant")
 STOPS = ["a", "e"]  # responses of an untrained policy end early, and differ in length
 ROLLOUT = RolloutConfig(samples=4, max_tokens=7, stop_strings=STOPS)
 EVALUATION = EvaluationConfig(samples=2)
+DOMAINS = ("chat", "if", "math")
 TASK = "letters"  # a reward that untrained policies get now and then
 TASKS[TASK] = Task(
     lambda row: str(row["prompt"]),
@@ -84,10 +87,19 @@ def problems(folder: Path) -> Path:
     return path
 
 
+class DomainData(PromptDataModule):
+    """Problems of three domains, so few that ranks often lack one."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for split, found in self.splits.items():
+            self.splits[split] = [replace(problem, domain=DOMAINS[problem.id % 5 % 3]) for problem in found]
+
+
 def data(folder: Path, batch_size: int = 4) -> PromptDataModule:
     """The same global batches on any number of processes."""
     sizes = {"batch_size": batch_size // processes(), "eval_batch_size": batch_size // processes()}
-    return PromptDataModule(str(problems(folder)), TASK, **sizes)
+    return DomainData(str(problems(folder)), TASK, **sizes)
 
 
 def trainer(folder: Path, steps: int, *callbacks: Callback, strategy: str = "auto", **settings: Any) -> Trainer:
@@ -234,6 +246,20 @@ FITS: dict[str, tuple[str, Callable[..., Any]]] = {
     "fsdp ppo, head": ("fsdp", lambda: build(PPO, critic=CriticConfig(kind="head", lr=0.05), update=FINE)),
     "fsdp rose": ("fsdp", lambda: build(ROSE, loss=LossConfig(reduction="const_norm", **KL), update=FINE)),
     "fsdp sft": ("fsdp", lambda: sft(micro_tokens=20)),
+    "ddp mgs": ("ddp", lambda: build(MGS, loss=LossConfig(**KL), update=FINE)),
+    "ddp mgs, adapters": ("ddp", lambda: build(MGS, lora=Lora(r=4), surgery=SurgeryConfig("linear"), update=FINE)),
+    "ddp mgs, equal domains": (
+        "ddp",
+        lambda: build(
+            MGS,
+            loss=LossConfig(reduction="const_norm", **KL),
+            surgery=SurgeryConfig("block", "gradvac", weighting="per_domain_mean"),
+            normalisation="domain",
+            update=FINE,
+        ),
+    ),
+    "fsdp mgs": ("fsdp", lambda: build(MGS, loss=LossConfig(**KL), update=FINE)),
+    "fsdp mgs, untied": ("fsdp", lambda: build(MGS, backbone="untied", surgery=SurgeryConfig("global"), update=FINE)),
 }
 
 
@@ -324,6 +350,7 @@ def scenarios(folder: Path, untied: str) -> dict[str, Callable[[], dict[str, Any
     return found | {
         "fsdp grpo resumed": lambda: resumed("fsdp grpo", folder),
         "fsdp ppo resumed": lambda: resumed("fsdp ppo", folder),
+        "fsdp mgs resumed": lambda: resumed("fsdp mgs", folder),
         "fsdp adapters resumed": lambda: resumed("fsdp adapters", folder),
         "ddp ppo resumed": lambda: resumed("ddp ppo", folder),
         "ddp evaluated": lambda: evaluated(folder, "ddp"),

@@ -34,7 +34,7 @@ class Runs:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         found = subprocess.run(
             [sys.executable, *command, str(self.two), str(untied)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False,
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         self.log = found.stdout + found.stderr
         self.scenarios = worker.scenarios(self.one, str(untied))
@@ -69,7 +69,9 @@ def test_three_updates_end_with_the_same_weights(runs: Runs, name: str) -> None:
     assert two["steps"] == one["steps"] == 3
 
 
-@pytest.mark.parametrize("name", [f"{name} resumed" for name in ("fsdp grpo", "fsdp ppo", "fsdp adapters", "ddp ppo")])
+@pytest.mark.parametrize(
+    "name", [f"{name} resumed" for name in ("fsdp grpo", "fsdp ppo", "fsdp adapters", "ddp ppo", "fsdp mgs")]
+)
 def test_a_checkpoint_is_gone_on_from(runs: Runs, name: str) -> None:
     two, one = runs(name)
     same(two["weights"], one["weights"])

@@ -139,3 +139,16 @@ def test_rows_are_taken_and_joined() -> None:
     whole = Sequences.concatenate([taken, MIXED])
     assert list(whole.groups) == [0, 0, *MIXED.groups]
     assert whole.prompts[2:] == MIXED.prompts
+
+
+def test_a_rank_without_rows_keeps_the_others_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many idle chunks as the rank with most has chunks; in a single process there are none."""
+    sequences = Sequences([[1, 2], [3]], [[4, 5], [6, 7, 8]], [0, 1])
+    where = torch.device("cpu")
+    assert sequences.chunks([], 10, where, equal=True, spare=1) == []
+    monkeypatch.setattr("lit_rl.modules.layout.maximum", lambda value, device: 3)
+    chunks = sequences.chunks([], 10, where, equal=True, spare=1)
+    assert [chunk.rows for chunk in chunks] == [[]] * 3
+    assert [chunk.input_ids.tolist() for chunk in chunks] == [[[3, 6, 7]]] * 3
+    assert all(len(chunk.states) == 0 for chunk in chunks)
+    assert sequences.chunks([], 10, where, equal=True) == []
