@@ -12,7 +12,7 @@ Quotas = Literal["fixed", "random"]
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that add up to ``total`` and are as their shares, by the largest remainder; of equal ones the first.
+    """Whole numbers as their shares that add up to ``total``, by the largest remainder; of equal ones the first.
 
     Args:
         shares: Each above 0; only their ratios matter.

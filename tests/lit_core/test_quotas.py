@@ -74,7 +74,9 @@ def test_ranks_share_a_global_batch(quotas: Any, synchronous: bool) -> None:
 
 def test_random_domains_follow_the_shares() -> None:
     sampler = QuotaBatchSampler({"a": 900, "b": 100}, {"a": 1, "b": 3}, 10, quotas="random")
-    counts = torch.tensor([[sum(d == 1 for d, _, _ in batch)] for n in range(20) for batch in epoch(sampler, n)]).double()
+    counts = torch.tensor(
+        [[sum(d == 1 for d, _, _ in batch)] for n in range(20) for batch in epoch(sampler, n)]
+    ).double()
     assert abs(counts.mean() - 7.5) < 5 * (10 * 0.75 * 0.25 / len(counts)) ** 0.5
     assert abs(counts.var() - 10 * 0.75 * 0.25) < 0.2  # binomial
 
