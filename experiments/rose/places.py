@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from lit_rl.rewards.countdown_steps import token_roles
 from torch import Tensor
 
 from lit_core.files import write_json
@@ -20,6 +19,7 @@ from lit_rl.modules.trees.collect import collect_trees
 from lit_rl.modules.trees.scores import unit_embeddings
 from lit_rl.modules.trees.statistics import branch_places, entropy_percentiles
 from lit_rl.problems import Problem, ProblemBatch
+from lit_rl.rewards.countdown_steps import token_roles
 from lit_rl.rewards.tasks import TASKS
 
 PROBLEMS_AT_ONCE = 128
