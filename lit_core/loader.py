@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lit_core.samplers import HomogeneousBatchSampler
+from lit_core.samplers import ResumableBatchSampler
 
 
 def start_worker(number: int) -> None:
@@ -34,7 +34,7 @@ def plain_loader(
 class _Position:
     """The loader's place in the sequence of epochs and batches; the trainer finds ``set_epoch`` on ``sampler``."""
 
-    def __init__(self, batches: HomogeneousBatchSampler) -> None:
+    def __init__(self, batches: ResumableBatchSampler) -> None:
         self.batches = batches
         self.sampler = self
         self.trainer_epoch: int | None = None
@@ -92,7 +92,7 @@ class ResumableLoader(DataLoader[Any]):
     def __init__(
         self,
         dataset: Dataset[Any],
-        sampler: HomogeneousBatchSampler,
+        sampler: ResumableBatchSampler,
         collate: Callable[[list[Any]], Any],
         num_workers: int = 0,
     ) -> None:

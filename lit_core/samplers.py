@@ -27,7 +27,56 @@ def permutation(count: int, *seed_parts: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-class HomogeneousBatchSampler(Sampler[list[tuple[int, int, int]]]):
+class ResumableBatchSampler(Sampler[list[tuple[int, int, int]]]):
+    """Base of samplers whose batches are a function of ``(seed, epoch, step)``, and that can go on in mid-epoch.
+
+    Args:
+        seed: Seed of order and draws.
+        rank: This process's rank.
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, seed: int, rank: int, world_size: int) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.epoch, self.step = 0, 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, equal on all ranks."""
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch and begin it at its first batch."""
+        self.epoch, self.step = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and what the order depends on; the same on all ranks."""
+        return {"epoch": self.epoch, "step": self.step, **self.identity(), "length": len(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position.
+
+        Raises:
+            InputError: The position lies within an epoch whose order was made from other data or settings.
+        """
+        mine = {**self.identity(), "length": len(self)}
+        other = [key for key in mine if state.get(key) != mine[key]]
+        if other and 0 < state["step"] < state["length"]:
+            key = other[0]
+            raise InputError(
+                f"the checkpoint lies within an epoch of other data: {key} was {state.get(key)}, is {mine[key]}; "
+                "resume with the same data and number of devices"
+            )
+        complete = state["step"] >= state["length"]
+        self.epoch, self.step = state["epoch"], len(self) if complete else state["step"]
+
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on."""
+        raise NotImplementedError
+
+
+class HomogeneousBatchSampler(ResumableBatchSampler):
     """Batches of ``(dataset, row, draw_seed)``, each from one dataset, the same dataset on all ranks at a step.
 
     A batch is a pure function of ``(seed, epoch, step)``; within an epoch no row occurs twice. Ranks take consecutive
@@ -66,18 +115,11 @@ class HomogeneousBatchSampler(Sampler[list[tuple[int, int, int]]]):
             raise InputError(f"need one batch size a dataset, got {len(self.batch_sizes)} for {len(self.sizes)}")
         if min(self.batch_sizes) < 1:
             raise InputError(f"must be at least 1, got {min(self.batch_sizes)}", field="batch_size")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+        super().__init__(seed, rank, world_size)
         if strategy not in ("proportional", "round_robin"):
             raise InputError(f"must be proportional or round_robin, got '{strategy}'", field="strategy")
-        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.drop_last, self.strategy, self.shuffle = drop_last, strategy, shuffle
-        self.epoch, self.step = 0, 0
         self._counts = [self._batch_count(d) for d in range(len(self.sizes))]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch and begin it at its first batch."""
-        self.epoch, self.step = epoch, 0
 
     def __len__(self) -> int:
         """Batches in a whole epoch, equal on all ranks."""
@@ -96,28 +138,8 @@ class HomogeneousBatchSampler(Sampler[list[tuple[int, int, int]]]):
             rows = self._local_rows(dataset, index, orders[dataset])
             yield [(dataset, row, mix_seed(self.seed, epoch, dataset, row)) for row in rows]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position and what the order depends on; the same on all ranks."""
-        return {"epoch": self.epoch, "step": self.step, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position.
-
-        Raises:
-            InputError: The position lies within an epoch whose order was made from other data or settings.
-        """
-        mine = self._identity()
-        other = [key for key in mine if state.get(key) != mine[key]]
-        if other and 0 < state["step"] < state["length"]:
-            key = other[0]
-            raise InputError(
-                f"the checkpoint lies within an epoch of other data: {key} was {state.get(key)}, is {mine[key]}; "
-                "resume with the same data and number of devices"
-            )
-        complete = state["step"] >= state["length"]
-        self.epoch, self.step = state["epoch"], len(self) if complete else state["step"]
-
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on."""
         return {
             "seed": self.seed,
             "sizes": self.sizes,
@@ -126,7 +148,6 @@ class HomogeneousBatchSampler(Sampler[list[tuple[int, int, int]]]):
             "drop_last": self.drop_last,
             "strategy": self.strategy,
             "shuffle": self.shuffle,
-            "length": len(self),
         }
 
     def _batch_count(self, dataset: int) -> int:

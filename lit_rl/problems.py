@@ -6,6 +6,8 @@ from typing import Any
 
 from lit_core.errors import InputError
 
+DOMAIN_SUMMARIES = ("domain_mean", "domain_worst")  # of the metrics of all domains; no domain has these names
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -17,7 +19,7 @@ class Problem:
         prompt: Text of the user's turn.
         row: Fields that the reward reads.
         solution: A response to imitate, where there is one.
-        domain: What it is a problem of, where several are learned at once.
+        domain: Name of the domain that it belongs to, where there are several.
     """
 
     id: int

@@ -55,6 +55,7 @@ class PolicyReport(Callback):
 def _rows(results: list[ProblemResult]) -> list[dict[str, Any]]:
     return [
         {"problem": result.id, "sample": number, "response": text, "reward": reward, "answer": answer}
+        | ({"domain": result.domain} if result.domain else {})
         for result in results
         for number, (text, reward, answer) in enumerate(zip(result.texts, result.rewards, result.answers, strict=True))
     ]

@@ -11,10 +11,11 @@ from lit_core.generation import Completion
 from lit_rl.functional.exploration import entropy, region_size, trust_region_entropy
 from lit_rl.functional.metrics import majority, pass_at_k, powers_up_to
 from lit_rl.modules.config import EvaluationConfig
-from lit_rl.problems import Problem
+from lit_rl.problems import DOMAIN_SUMMARIES, Problem
 from lit_rl.rewards.tasks import TASKS
 
 SOLVED = 1 - 1e-6  # rewards of verifiable tasks from here on count as right
+COMPARED = ("reward", "success")  # metrics that are told for each domain
 
 
 @dataclass
@@ -29,6 +30,7 @@ class ProblemResult:
         truncated: How many reached the most tokens.
         sums: Sums over all their tokens of what the step hook has computed.
         texts: Of each response.
+        domain: That of the problem; empty where there is but one.
     """
 
     id: int
@@ -38,6 +40,7 @@ class ProblemResult:
     truncated: int
     sums: dict[str, float] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
+    domain: str = ""
 
     @property
     def correct(self) -> int:
@@ -89,13 +92,14 @@ def problem_results(
                 sum(completion.finish_reason == "length" for completion in drawn),
                 sums,
                 list(texts[part]),
+                problem.domain,
             )
         )
     return results
 
 
 def per_problem(results: Sequence[ProblemResult]) -> dict[str, dict[str, float]]:
-    """Metrics that are means over problems, by problem."""
+    """Metrics that are means over problems, by problem; those of a domain's problems as ``<domain>/<metric>`` too."""
     found: dict[str, dict[str, float]] = {"reward": {}, "success": {}, "invalid": {}, "distinct_correct": {}}
     for result in results:
         count, name = len(result.rewards), str(result.id)
@@ -108,6 +112,9 @@ def per_problem(results: Sequence[ProblemResult]) -> dict[str, dict[str, float]]
             found.setdefault(f"pass@{k}", {})[name] = pass_at_k(count, result.correct, k)
         if count > 1:
             found.setdefault(f"maj@{count}", {})[name] = float(majority(result.answers, result.rewards) >= SOLVED)
+        if result.domain:
+            for metric in COMPARED:
+                found.setdefault(f"{result.domain}/{metric}", {})[name] = found[metric][name]
     return found
 
 
@@ -115,14 +122,28 @@ def summarise(results: Sequence[ProblemResult]) -> dict[str, float]:
     """All metrics: means over problems, over responses (lengths) and over tokens (distributions).
 
     ``correct_length`` is missing where no response is right.
+    Where problems have domains, also ``<domain>/reward``, ``success``, ``length`` and ``entropy``, and of the first two
+    the mean over the domains (``domain_mean/reward``) and the lowest of them (``domain_worst/reward``).
     """
     found = {name: fmean(values.values()) for name, values in per_problem(results).items()}
+    found |= _over_tokens(results)
+    domains = list(dict.fromkeys(result.domain for result in results if result.domain))
+    for domain in domains:
+        measured = _over_tokens([result for result in results if result.domain == domain])
+        found |= {f"{domain}/{name}": measured[name] for name in ("length", "entropy") if name in measured}
+    for metric in COMPARED if domains else ():
+        values = [found[f"{domain}/{metric}"] for domain in domains]
+        found |= {f"{DOMAIN_SUMMARIES[0]}/{metric}": fmean(values), f"{DOMAIN_SUMMARIES[1]}/{metric}": min(values)}
+    return found
+
+
+def _over_tokens(results: Sequence[ProblemResult]) -> dict[str, float]:
+    """Metrics that are no means over problems."""
     lengths = [length for result in results for length in result.lengths]
-    found["length"] = fmean(lengths)
+    found = {"length": fmean(lengths), "truncated": sum(result.truncated for result in results) / len(lengths)}
     correct = [n for r in results for n, reward in zip(r.lengths, r.rewards, strict=True) if reward >= SOLVED]
     if correct:
         found["correct_length"] = fmean(correct)
-    found["truncated"] = sum(result.truncated for result in results) / len(lengths)
     for name in results[0].sums:
         found[name] = sum(result.sums[name] for result in results) / max(1, sum(lengths))
     return found

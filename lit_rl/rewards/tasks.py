@@ -7,10 +7,13 @@ from typing import Any
 
 from lit_core.errors import InputError
 from lit_rl.rewards.arithmetic import evaluate
+from lit_rl.rewards.chat_words import chat_answer, chat_prompt, chat_reward
+from lit_rl.rewards.constraints import constraints_prompt
 from lit_rl.rewards.countdown import ANSWER, countdown_reward, expression_reward
 from lit_rl.rewards.countdown_steps import steps_answer, steps_reward
-from lit_rl.rewards.instructions import all_instructions_reward, check_instructions
+from lit_rl.rewards.instructions import all_instructions_reward, check_instructions, instruction_reward
 from lit_rl.rewards.math import final_answer, gold_answer, math_reward
+from lit_rl.rewards.sums import sums_answer, sums_prompt, sums_reward
 
 Row = Mapping[str, Any]
 COUNTDOWN_PROMPT = (
@@ -103,6 +106,24 @@ def _instructions_prompt(row: Row) -> str:
     return field(row, "prompt")
 
 
+def _sums(row: Row) -> list[int]:
+    numbers = field(row, "numbers")
+    if not isinstance(numbers, list) or not numbers or any(type(number) is not int for number in numbers):
+        raise InputError(f"need a list of whole numbers, got {numbers}", field="numbers")
+    return numbers
+
+
+def _topics(row: Row) -> list[str]:
+    topics = field(row, "topics")
+    if not isinstance(topics, list) or not topics or any(not isinstance(topic, str) for topic in topics):
+        raise InputError(f"need a list of words, got {topics}", field="topics")
+    return topics
+
+
+def _share_of_instructions(row: Row, response: str) -> float:
+    return instruction_reward(response, row["instruction_id_list"], row["kwargs"])
+
+
 TASKS: dict[str, Task] = {
     "countdown": Task(
         _countdown_prompt, lambda row, response: countdown_reward(response, *_countdown(row)), _countdown_answer
@@ -131,6 +152,24 @@ TASKS: dict[str, Task] = {
         lambda row, response: all_instructions_reward(response, row["instruction_id_list"], row["kwargs"]),
         lambda row, response: response.strip() or None,
         slow=True,
+    ),
+    "instructions_share": Task(  # partial credit, as MGS trains with: the share of instructions that are followed
+        _instructions_prompt, _share_of_instructions, lambda row, response: response.strip() or None, slow=True
+    ),
+    "sums": Task(  # the built-in domains, for models of a few thousand parameters
+        lambda row: sums_prompt(_sums(row)),
+        lambda row, response: sums_reward(response, _sums(row)),
+        lambda row, response: sums_answer(response),
+    ),
+    "chat_words": Task(
+        lambda row: chat_prompt(_topics(row)),
+        lambda row, response: chat_reward(response, _topics(row)),
+        lambda row, response: chat_answer(response),
+    ),
+    "constraints": Task(
+        lambda row: constraints_prompt(field(row, "instruction_id_list"), field(row, "kwargs")),
+        _share_of_instructions,
+        lambda row, response: response.strip() or None,
     ),
     "preference": Task(  # a reward model scores the dialogue; see the methods' ``reward_model``
         lambda row: str(field(row, "prompt")), lambda row, response: 0.0, lambda row, response: response.strip() or None

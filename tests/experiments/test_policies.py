@@ -213,7 +213,7 @@ def test_gsm8k_trains_a_folder_with_its_chat_template(tmp_path: Path, shared_dat
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--data.task=sums"], "field 'task'"),
+        (["--data.task=nonsense"], "field 'task'"),
         (["--data.path=nowhere.jsonl", "--data.task=math"], "nowhere.jsonl"),
         (["--model.rollout.samples=0"], "samples"),
         (["--model.rollout.samples=1"], "at least 2"),

@@ -121,7 +121,7 @@ def test_broken_files(tmp_path: Path, content: str, told: str) -> None:
 
 def test_mistakes_in_arguments() -> None:
     with pytest.raises(InputError, match="field 'task'"):
-        PromptDataModule(task="sums")
+        PromptDataModule(task="nonsense")
     with pytest.raises(InputError, match="field 'batch_size'"):
         PromptDataModule(batch_size=0)
     with pytest.raises(InputError, match="the built-in problems are Countdown"):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -111,3 +112,24 @@ def test_the_hook_takes_a_vocabulary_smaller_than_its_regions() -> None:
     found = DistributionHook(EvaluationConfig(), 1.0)(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
     assert found["tail_mass"].tolist() == [0.0, 0.0]
     assert found["region_size"].tolist() == [3.0, 3.0]
+
+
+def test_domains_are_told_apart_averaged_and_the_worst_is_named() -> None:
+    results = [result(1, [1, 0]), result(2, [0.5, 1]), result(3, [0, 0.25]), result(4, [0, 1])]
+    for one, domain, entropy in zip(results, ("math", "chat", "chat", "math"), (3.0, 6.0, 12.0, 9.0), strict=True):
+        one.domain, one.sums = domain, {"entropy": entropy}
+    results[1].lengths = [4, 6]
+    found = summarise(results)
+    plain = summarise([replace(one, domain="") for one in results])
+    assert {name: found[name] for name in plain} == plain
+    assert found.keys() - plain.keys() == {
+        *(f"{domain}/{metric}" for domain in ("math", "chat") for metric in ("reward", "success", "length", "entropy")),
+        *(f"{kind}/{metric}" for kind in ("domain_mean", "domain_worst") for metric in ("reward", "success")),
+    }
+    assert (found["math/reward"], found["chat/reward"]) == (0.5, (0.75 + 0.125) / 2)
+    assert (found["math/success"], found["chat/success"]) == (0.5, 0.25)
+    assert (found["math/length"], found["chat/length"]) == (1.5, 13 / 4)
+    assert (found["math/entropy"], found["chat/entropy"]) == (12 / 6, 18 / 13)
+    assert found["domain_mean/reward"] == (0.5 + 0.4375) / 2
+    assert (found["domain_worst/reward"], found["domain_worst/success"]) == (0.4375, 0.25)
+    assert per_problem(results)["chat/reward"] == {"2": 0.75, "3": 0.125}
