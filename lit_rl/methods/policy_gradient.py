@@ -32,6 +32,7 @@ from lit_rl.modules.exploration import Exploration, Selection
 from lit_rl.modules.layout import Chunk
 from lit_rl.modules.passes import Passes
 from lit_rl.modules.rollouts import Rollout, collect, informative, joined, renumbered
+from lit_rl.modules.steps import count_step, step_uncounted
 from lit_rl.modules.surrogate import Surrogate
 from lit_rl.problems import ProblemBatch, PromptConfig
 
@@ -234,7 +235,7 @@ class PolicyGradient(PolicyMethod):
             rank_zero_warn(f"update {self.global_step} was left out: its gradient is not finite")
         if not finite or not any(bool(norm) for norm in norms):
             optimizer.zero_grad()  # then the step changes nothing: neither momentum nor decay
-        _step_uncounted(optimizer)
+        step_uncounted(optimizer)
         optimizer.zero_grad()
 
     def form_gradient(self, experience: Experience, rows: list[int], totals: Totals, seed: int) -> Tensor:
@@ -342,8 +343,7 @@ class PolicyGradient(PolicyMethod):
         """Count one step for the trainer, and move the learning rate on."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
-        optimizer._on_before_step()
-        optimizer._on_after_step()
+        count_step(optimizer)
         scheduler.step()  # type: ignore[union-attr]
         self._keep_to_budget()
 
@@ -394,13 +394,3 @@ class PolicyGradient(PolicyMethod):
             raise InputError("16-mixed scales gradients, which are checked and clipped here; use bf16-mixed")
         if precision in ("16-true", "bf16-true"):
             raise InputError(f"{precision} would keep log-probabilities in 16 bits; use 32-true and loading.dtype")
-
-
-def _step_uncounted(optimizer: LightningOptimizer) -> None:
-    """Take a step that the trainer's ``global_step`` does not count; see :meth:`PolicyGradient._count_step`."""
-    before, after = optimizer._on_before_step, optimizer._on_after_step
-    optimizer._on_before_step = optimizer._on_after_step = lambda: None
-    try:
-        optimizer.step()
-    finally:
-        optimizer._on_before_step, optimizer._on_after_step = before, after
