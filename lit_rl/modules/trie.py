@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 
 class Nodes(NamedTuple):
@@ -60,35 +60,39 @@ def grow(prompt: Sequence[int], responses: Mapping[int, Sequence[int]], merge: b
         merge: Read the prefixes that responses share once; else each response is a branch of its own.
     """
     rows = sorted(responses, key=lambda row: list(responses[row])) if merge else list(responses)
-    lengths = torch.tensor([len(responses[row]) for row in rows])[:, None]
-    texts = [torch.tensor(responses[row], dtype=torch.long) for row in rows]
-    tokens = pad_sequence(texts, batch_first=True, padding_value=-1)
-    count, width = tokens.shape
-    steps, order = torch.arange(width), torch.arange(count)[:, None]
-    known = torch.zeros(count, 1, dtype=torch.long)  # tokens that a response shares with the one above it
+    lengths = np.array([len(responses[row]) for row in rows])[:, None]
+    count, width = len(rows), max(1, int(lengths.max()))
+    tokens = np.full((count, width), -1)
+    for line, row in zip(tokens, rows, strict=True):
+        line[: len(responses[row])] = responses[row]
+    steps, order = np.arange(width), np.arange(count)[:, None]
+    known = np.zeros((count, 1), dtype=int)  # tokens that a response shares with the one above it
     if merge:
         same = (tokens[1:] == tokens[:-1]) & (steps < lengths[1:])
-        known[1:, 0] = same.cumprod(1).sum(1)
-    apart = steps >= known
-    owner = torch.where(apart, order, 0).cummax(0).values  # the first response that goes through this node
-    new = apart & (steps < lengths)
-    number = (new.flatten().cumsum(0) - 1).view(count, width).gather(0, owner)
-    read = torch.zeros(int(new.sum()), dtype=torch.bool)
+        known[1:, 0] = np.logical_and.accumulate(same, axis=1).sum(1)
+    apart, inside = steps >= known, steps < lengths
+    owner = np.maximum.accumulate(np.where(apart, order, 0), axis=0)  # the first response that goes through this node
+    new = apart & inside
+    number = np.take_along_axis((new.cumsum() - 1).reshape(count, width), owner, axis=0)
+    read = np.zeros(int(new.sum()), dtype=bool)
     read[number[steps < lengths - 1]] = True
-    place = len(prompt) - 1 + read.cumsum(0)
-    before = place[number].roll(1, 1)
-    before[:, :1] = len(prompt) - 1
-    own = torch.zeros_like(new).masked_scatter(new, read)  # what stands in the row, at the response that owns it
-    starts = len(prompt) + torch.cat([torch.zeros(1, dtype=torch.long), own.sum(1).cumsum(0)])
-    later = torch.cat([torch.where(apart, order, count)[1:], torch.full((1, width), count)])
-    last = later.flip(0).cummin(0).values.flip(0)  # the next response that does not go through this node
+    place = len(prompt) - 1 + read.cumsum()
+    before = np.full((count, width), len(prompt) - 1)
+    before[:, 1:] = place[number[:, :-1]] if len(place) else 0
+    own = np.zeros_like(new)  # what stands in the row, at the response that owns it
+    own[new] = read
+    starts = len(prompt) + np.concatenate([[0], own.sum(1).cumsum()])
+    later = np.full((count, width), count)
+    later[:-1] = np.where(apart, order, count)[1:]
+    last = np.minimum.accumulate(later[::-1], axis=0)[::-1]  # the next response that does not go through this node
+    positions = np.broadcast_to(len(prompt) + steps, own.shape)[own]
     return Tree(
         rows,
-        torch.cat([torch.tensor(prompt, dtype=torch.long), tokens[own]]),
-        torch.cat([torch.arange(len(prompt)), len(prompt) + steps.expand(count, -1)[own]]),
-        torch.cat([starts[-1].expand(len(prompt)), starts[last[own]]]),
-        before[steps < lengths],
-        Nodes(new[steps < lengths].nonzero().squeeze(1), number[steps < lengths]),
+        torch.from_numpy(np.concatenate([np.asarray(prompt, dtype=int), tokens[own]])),
+        torch.from_numpy(np.concatenate([np.arange(len(prompt)), positions])),
+        torch.from_numpy(np.concatenate([np.full(len(prompt), starts[-1]), starts[last[own]]])),
+        torch.from_numpy(before[inside]),
+        Nodes(torch.from_numpy(new[inside].nonzero()[0]), torch.from_numpy(number[inside])),
     )
 
 
