@@ -35,7 +35,10 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "export"
 
 
-EASY = ("--data.countdown.least_numbers=2", "--data.countdown.most_numbers=2", "--data.countdown.count=200")
+EASY = (
+    *("--data.countdown.least_numbers=2", "--data.countdown.most_numbers=2", "--data.countdown.count=200"),
+    "--data.countdown.largest_number=15",
+)
 
 
 @pytest.mark.parametrize("scale", ["smoke", "tiny", "paper"])
