@@ -141,7 +141,9 @@ class ROSE(PolicyGradient):
         found, grown = collect_trees(*given, self._embeddings(), first_group)
         if not self.tree.freeze_embeddings:
             self.table = None  # as large as the table itself
-        self.log_dict(branch_statistics(grown), sync_dist=True)
+        statistics = branch_statistics(grown)
+        pairs = summed(torch.tensor(list(statistics.values()), device=self.device))
+        self.log_dict(dict(zip(statistics, pairs[:, 0] / pairs[:, 1].clamp(min=1), strict=True)))
         return found
 
     def advantages(self, rollout: Rollout, experience: Experience, penalties: Tensor | None) -> None:

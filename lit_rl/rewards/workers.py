@@ -217,9 +217,9 @@ class _Worker:
 
 def _end(workers: list[_Worker], owner: int) -> None:
     if os.getpid() == owner:  # a fork has a copy of the list, not the right to end its parent's workers
-        for worker in workers:
-            worker.end()
-        workers.clear()
+        while workers:  # taken one by one: another thread may be at it too
+            with suppress(IndexError):
+                workers.pop().end()
 
 
 def _check_importable(*functions: Callable[..., object] | None) -> None:

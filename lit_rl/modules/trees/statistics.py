@@ -27,18 +27,22 @@ def entropy_percentiles(tree: Sequence[Response]) -> list[float]:
     ]
 
 
-def branch_statistics(trees: Sequence[Sequence[Response]]) -> dict[str, float]:
-    """Logged quantities: share of responses that are branches, of tokens that were reused, and places of branches."""
+def branch_statistics(trees: Sequence[Sequence[Response]]) -> dict[str, tuple[float, float]]:
+    """Logged quantities, each as a sum and the number that it is divided by, over all ranks.
+
+    Share of responses that are branches, of tokens that were reused, of branches at places of their own; the mean
+    position of branches, and, where entropies were kept, the mean of :func:`entropy_percentiles`.
+    """
     responses = list(chain.from_iterable(trees))
     places = [branch_places(tree) for tree in trees]
-    branches = max(1, sum(map(len, places)))
+    branches = float(sum(map(len, places)))
+    reused, tokens = sum(r.position for r in responses), sum(len(r.tokens) for r in responses)
     found = {
-        "tree/branched": sum(map(len, places)) / len(responses),
-        "tree/reused_tokens": sum(r.position for r in responses) / max(1, sum(len(r.tokens) for r in responses)),
-        "tree/distinct_places": sum(len(set(tree)) for tree in places) / branches,
-        "tree/branch_position": sum(position for tree in places for _, position in tree) / branches,
+        "tree/branched": (branches, float(len(responses))),
+        "tree/reused_tokens": (float(reused), float(tokens)),
+        "tree/distinct_places": (float(sum(len(set(tree)) for tree in places)), branches),
+        "tree/branch_position": (float(sum(position for tree in places for _, position in tree)), branches),
     }
     if "entropy" in responses[0].scalars:  # the same on all ranks
-        percentiles = list(chain.from_iterable(map(entropy_percentiles, trees)))
-        found["tree/entropy_percentile"] = sum(percentiles) / branches
+        found["tree/entropy_percentile"] = (sum(chain.from_iterable(map(entropy_percentiles, trees))), branches)
     return found

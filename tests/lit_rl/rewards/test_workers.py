@@ -153,9 +153,11 @@ def test_an_interrupted_batch_leaves_nothing_for_the_next_one() -> None:
 def test_closing_from_another_thread_is_an_error_there_and_starts_no_worker() -> None:
     workers = RewardWorkers(call, processes=2, limit=50)
     workers.evaluate([(float, 1)] * 2)
-    Timer(0.3, workers.close).start()
+    closing = Timer(0.3, workers.close)
+    closing.start()
     with pytest.raises((ValueError, OSError)):
         workers.evaluate([(time.sleep, 60)] * 3)
+    closing.join()
     assert not pids()
 
 

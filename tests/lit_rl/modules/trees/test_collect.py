@@ -129,11 +129,12 @@ def test_the_table_of_another_model_is_refused(policy: Policy) -> None:
 def test_statistics_of_branches(policy: Policy) -> None:
     _, trees = collected(policy, epsilon=0.0)
     found = branch_statistics(trees)
-    assert found["tree/branched"] == 21 / 24
+    assert found["tree/branched"] == (21, 24)
     responses = [r for tree in trees for r in tree]
-    assert found["tree/reused_tokens"] == sum(r.position for r in responses) / sum(len(r.tokens) for r in responses)
+    drawn = sum(r.position for r in responses), sum(len(r.tokens) for r in responses)
+    assert found["tree/reused_tokens"] == drawn
     places = [[(r.parent, r.position) for r in tree[1:]] for tree in trees]
-    assert found["tree/distinct_places"] == sum(len(set(tree)) for tree in places) / 21
+    assert found["tree/distinct_places"] == (sum(len(set(tree)) for tree in places), 21)
     _, highest = collected(policy, epsilon=0.0, score="entropy")
     first = highest[0]
     own = torch.cat([r.scalars["entropy"][r.position :] for r in first])
