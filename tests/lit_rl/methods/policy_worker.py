@@ -37,6 +37,7 @@ from lit_rl.modules.config import (
 )
 from lit_rl.modules.layout import Sequences
 from lit_rl.modules.rollouts import Rollout
+from lit_rl.modules.trees.config import TreeConfig
 from lit_rl.rewards.tasks import TASKS, Task
 
 FLAT = Schedule("constant")
@@ -233,6 +234,7 @@ FITS: dict[str, tuple[str, Callable[..., Any]]] = {
         "ddp",
         lambda: build(
             ROSE,
+            tree=TreeConfig(score="random"),  # near ties of other scores would be turned over by rounding
             rollout=replace(ROLLOUT, stop_strings=["z", "ing"]),  # longer responses, which branch inside
             loss=LossConfig(reduction="const_norm", **KL),
             update=FINE,
@@ -244,7 +246,12 @@ FITS: dict[str, tuple[str, Callable[..., Any]]] = {
     "fsdp adapters": ("fsdp", lambda: build(GRPO, lora=Lora(r=4), loss=LossConfig(**KL), update=FINE)),
     "fsdp ppo": ("fsdp", lambda: build(PPO, critic=WARM, update=FINE)),
     "fsdp ppo, head": ("fsdp", lambda: build(PPO, critic=CriticConfig(kind="head", lr=0.05), update=FINE)),
-    "fsdp rose": ("fsdp", lambda: build(ROSE, loss=LossConfig(reduction="const_norm", **KL), update=FINE)),
+    "fsdp rose": (
+        "fsdp",
+        lambda: build(
+            ROSE, tree=TreeConfig(score="random"), loss=LossConfig(reduction="const_norm", **KL), update=FINE
+        ),
+    ),
     "fsdp sft": ("fsdp", lambda: sft(micro_tokens=20)),
     "ddp mgs": ("ddp", lambda: build(MGS, loss=LossConfig(**KL), update=FINE)),
     "ddp mgs, adapters": ("ddp", lambda: build(MGS, lora=Lora(r=4), surgery=SurgeryConfig("linear"), update=FINE)),
