@@ -14,10 +14,10 @@ from lit_rl.modules.policy import Policy
 from lit_rl.modules.rollouts import Rollout, collect, response_text, sampling_params, scored
 from lit_rl.modules.scoring import Scorer
 from lit_rl.modules.trees.config import TreeConfig
+from lit_rl.modules.trees.selection import CORRECT
 from lit_rl.problems import Problem, ProblemBatch
 
 CONTINUATION = 103  # name of the stream of their seeds
-CORRECT = 0.5  # rewards above are right
 
 
 @dataclass
