@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.sft import SPEC as SFT
+from lit_core.cli import Spec
 from lit_core.files import read_json, write_json
 from lit_core.presets import is_preset
 from lit_core.report import versions
@@ -20,6 +21,7 @@ START = "sft"
 CACHE_VARIABLE = "LIT_CACHE"
 FORWARDED = (  # which of the user's flags the warm start takes too
     *("--model.backbone", "--model.loading", "--model.prompt", "--data.countdown", "--data.task", "--data.held_out"),
+    "--data.domains",
     *("--trainer.accelerator", "--trainer.devices", "--trainer.precision", "--trainer.logger"),
 )
 TABLE = ("success", "pass@4", "invalid", "distinct_correct", "length", "entropy", "tail_mass")
@@ -42,7 +44,12 @@ def needs_start(setting: Setting) -> bool:
 
 
 def start_arm(
-    setting: Setting, name: str = START, flags: Sequence[str] = (), main: bool = True, warm: Sequence[str] = ()
+    setting: Setting,
+    name: str = START,
+    flags: Sequence[str] = (),
+    main: bool = True,
+    warm: Sequence[str] = (),
+    spec: Spec = SFT,
 ) -> Arm:
     """The policy that reinforcement learning starts from: trained on solutions once a machine, then evaluated.
 
@@ -52,20 +59,28 @@ def start_arm(
         flags: Further flags of its fit and of its evaluation.
         main: Whether it is run by default.
         warm: Flags of the fit alone, under those that the user has given.
+        spec: What is fitted.
     """
-    start = _warm_setting(setting, flags, warm)
+    start = _warm_setting(setting, flags, warm, spec)
 
     def run(context: ArmContext) -> None:
         folder = warm_start(start, context.seed)
-        args = [flag for flag in (*setting.flags, *flags) if not flag.startswith("--model.")]
-        args += [f"--model.backbone={folder / 'export'}", f"--seed_everything={context.seed}"]
-        configs = setting.spec.configs(setting.scale)
-        cli = ExperimentCLI(setting.spec, ["test", *args], configs, context.folder / "test", quiet=True)
+        cli = evaluate(setting, context, folder / "export", "test", flags)
         write_json(context.folder / "curves.json", {})
         write_json(context.folder / "start.json", {"backbone": str(folder / "export")})
         finish(context, cli, cost=read_json(folder / "cost.json"))
 
     return Arm(name, "start (SFT)" if name == START else f"start (SFT), {name}", run, main=main, seeded=False)
+
+
+def evaluate(
+    setting: Setting, context: ArmContext, backbone: Path, verb: str, flags: Sequence[str] = ()
+) -> ExperimentCLI:
+    """Run ``test`` or ``validate`` of the policy in a model folder; its results are those of the module."""
+    args = [flag for flag in (*setting.flags, *flags) if not flag.startswith("--model.")]
+    args += [f"--model.backbone={backbone}", f"--seed_everything={context.seed}"]
+    configs = setting.spec.configs(setting.scale)
+    return ExperimentCLI(setting.spec, [verb, *args], configs, context.folder / verb, quiet=True)
 
 
 def warm_start(setting: Setting, seed: int) -> Path:
@@ -79,16 +94,16 @@ def warm_start(setting: Setting, seed: int) -> Path:
     if not (folder / "cost.json").exists():
         cli = setting.fit(folder / "fit", seed)
         if not (folder / "export").exists():
-            write_export(SFT, folder / "fit" / "last.ckpt", folder / "export", "merged")
-        write_json(folder / "cost.json", _cost(cli))  # marks the folder as complete
+            write_export(setting.spec, folder / "fit" / "last.ckpt", folder / "export", "merged")
+        write_json(folder / "cost.json", cost_of(cli))  # marks the folder as complete
     return folder
 
 
-def _warm_setting(setting: Setting, flags: Sequence[str], warm: Sequence[str]) -> Setting:
+def _warm_setting(setting: Setting, flags: Sequence[str], warm: Sequence[str], spec: Spec) -> Setting:
     kept = tuple(flag for flag in (*setting.flags, *flags) if flag.startswith(FORWARDED))
     configs = [Path(flag.partition("=")[2]) for flag in warm if flag.startswith("--config=")]
     texts = "\n".join(path.read_text() for path in configs)  # the fingerprint is that of the files' content
-    return replace(setting, spec=SFT, flags=(*warm, *kept), further=texts)
+    return replace(setting, spec=spec, flags=(*warm, *kept), further=texts)
 
 
 def backbone_flags(context: ArmContext, start: str = START) -> list[str]:
@@ -115,7 +130,7 @@ def finish(
     module: Any = cli.model
     results: list[ProblemResult] = module.results
     items = per_problem(results)
-    write_results(context.folder, {**summarise(results), **(extra or {})}, items, cost or _cost(cli))
+    write_results(context.folder, {**summarise(results), **(extra or {})}, items, cost or cost_of(cli))
 
 
 def train(
@@ -141,5 +156,6 @@ def train(
     finish(context, cli, extra(cli) if extra else None)
 
 
-def _cost(cli: ExperimentCLI) -> dict[str, float]:
+def cost_of(cli: ExperimentCLI) -> dict[str, float]:
+    """What a fit has cost."""
     return {"tokens": float(cli.throughput.tokens), "steps": float(cli.trainer.global_step)}

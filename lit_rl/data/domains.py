@@ -1,7 +1,7 @@
 """Problems of several domains, of which every batch has its share."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,6 +102,7 @@ class DomainDataModule(ProblemDataModule):
         quotas: ``fixed`` gives each domain its share of every batch, all devices together, to the nearest prompt;
             ``random`` draws the domain of each prompt by the shares, as the authors of MGS do.
         synchronous: Give every device equally many prompts of each domain, in the same order; for sharded weights.
+        train_on: Names of the domains to train on; empty is all. Evaluation has every domain.
         batch_size: Prompts that a device draws responses to at a time.
         eval_batch_size: The same in validation and test.
         hf_config: Configuration of a Hugging Face dataset at ``path``.
@@ -121,6 +122,7 @@ class DomainDataModule(ProblemDataModule):
         test_path: str | None = None,
         quotas: Quotas = "fixed",
         synchronous: bool = False,
+        train_on: Sequence[str] = (),
         batch_size: int = 64,
         eval_batch_size: int = 128,
         hf_config: str | None = None,
@@ -138,6 +140,10 @@ class DomainDataModule(ProblemDataModule):
         self.domains, self.path, self.val_path, self.test_path = domains, path, val_path, test_path
         self.hf_config, self.hf_split = hf_config, hf_split
         self.quotas, self.synchronous = quotas, synchronous
+        unknown = [name for name in train_on if name not in domains]
+        if unknown:
+            raise InputError(f"must be some of {', '.join(domains)}, got '{unknown[0]}'", field="train_on")
+        self.train_on = [name for name in domains if name in train_on or not train_on]
         self._check_paths()
         self.sources = {name: self._source(name, domain) for name, domain in domains.items()}
 
@@ -158,11 +164,9 @@ class DomainDataModule(ProblemDataModule):
     def training(
         self, problems: list[Problem], rank: int, world_size: int
     ) -> tuple[Dataset[Problem], ResumableBatchSampler]:
-        rows: dict[str, list[Problem]] = {name: [] for name in self.domains}
-        for problem in problems:
-            rows[problem.domain].append(problem)
+        rows = {name: [problem for problem in problems if problem.domain == name] for name in self.train_on}
         sizes = {name: len(found) for name, found in rows.items()}
-        shares = {name: domain.share for name, domain in self.domains.items()}
+        shares = {name: self.domains[name].share for name in self.train_on}
         sampler = QuotaBatchSampler(
             sizes, shares, self.batch_size, self.seed, rank, world_size, self.quotas, self.synchronous
         )

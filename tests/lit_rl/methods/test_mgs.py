@@ -1,5 +1,6 @@
 """MGS beside GRPO: the same gradients by domain, surgery in its place, logs, maps, resuming, refusals."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,14 @@ from update_in_loops import prepared, rollout
 
 from lit_core.backbones import BackboneConfig, Lora
 from lit_core.errors import InputError
-from lit_rl.callbacks.interference import InterferenceMap, cells
+from lit_rl.callbacks.interference import CONFLICTS, ConflictMap, InterferenceMap
 from lit_rl.functional.surgery import draw_orders
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.mgs import MGS
 from lit_rl.modules.config import ExplorationConfig, LossConfig, SurgeryConfig, UpdateConfig
 from lit_rl.modules.granularity import Part
 from lit_rl.modules.rollouts import Rollout
-from lit_rl.modules.surgery import ConflictTable, GradientSurgery
+from lit_rl.modules.surgery import GradientSurgery
 from lit_rl.problems import Problem
 
 pytestmark = [
@@ -215,6 +216,17 @@ def test_a_fit_logs_domains_and_draws_maps(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path), {"images": 0})
     events.Reload()
     assert [image.step for image in events.Images("surgery/conflicts")] == [2, 4]
+    assert json.loads((tmp_path / CONFLICTS).read_text())["steps"] == 4
+
+
+def test_a_map_goes_on_after_a_kill_and_ends_with_the_run(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    half = tmp_path / "half.ckpt"
+    whole, again = (build(MGS, loss=KL) for _ in range(2))
+    fit(whole, tmp_path, 3, InterferenceMap(tmp_path / "whole", 50), SaveAt(half, 2))
+    assert [path.name for path in (tmp_path / "whole").glob("*.png")] == ["interference.3.png"]
+    fit(again, tmp_path, 3, InterferenceMap(tmp_path, 50), ckpt=half)
+    assert (tmp_path / CONFLICTS).read_text() == (tmp_path / "whole" / CONFLICTS).read_text()
 
 
 def test_cells_of_a_map() -> None:
@@ -225,12 +237,15 @@ def test_cells_of_a_map() -> None:
             ("1.a", 1, "a", "attention"), ("norm", None, "norm", "norm"),
         )
     )  # fmt: skip
-    nothing = torch.zeros(5)
-    table = ConflictTable(parts, ("x", "y"), nothing, nothing, nothing)
-    rows, columns, values = cells(table, [0.1, 0.2, 0.3, 0.4, 0.5])
-    assert rows == ["layer 0", "layer 1", "outside"]
-    assert columns == ["a", "m", "embedding", "norm"]
-    assert [[value for value in row if value == value] for row in values] == [[0.2, 0.3], [0.4], [0.1, 0.5]]
+    first = ConflictMap.of(parts, [0.1, 0.2, 0.3, 0.4, 0.5], ("x", "y"), 7)
+    assert first.rows == ["layer 0", "layer 1", "outside"]
+    assert first.columns == ["a", "m", "embedding", "norm"]
+    assert [[value for value in row if value == value] for row in first.values] == [[0.2, 0.3], [0.4], [0.1, 0.5]]
+    second = ConflictMap.of(parts, [0.3, 0.4, 0.5, 0.6, 0.7], ("x", "y"), 7)
+    both = ConflictMap.mean([first.content(), json.loads(json.dumps(second.content()))])
+    assert both.values[1][0] == pytest.approx(0.5)
+    assert both.values[0][2] != both.values[0][2]
+    assert (both.rows, both.domains, both.steps) == (first.rows, ["x", "y"], 7)
 
 
 def test_a_resumed_fit_ends_with_the_same_weights(tmp_path: Path) -> None:
