@@ -61,12 +61,24 @@ class PromptConfig:
     Args:
         chat_template: Apply the tokenizer's chat template; None does so where it has one.
         system: Text of the system turn; empty has none.
+        template: Text with ``{prompt}`` in it that takes the place of a chat template, for models that have learned
+            none; empty has none.
         max_tokens: Problems with longer prompts are left out.
+        answer_tag: Name of the tag that a response puts its answer in, such as ``response``; only what is in it is
+            rewarded (see ``answer_part``). Empty rewards the whole response.
     """
 
     chat_template: bool | None = None
     system: str = ""
+    template: str = ""
     max_tokens: int = 1024
+    answer_tag: str = ""
+
+    def __post_init__(self) -> None:
+        if self.template and "{prompt}" not in self.template:
+            raise InputError("needs {prompt}, where the prompt is put", field="prompt.template")
+        if self.template and (self.chat_template or self.system):
+            raise InputError("takes the place of chat_template and system: leave these out", field="prompt.template")
 
 
 class PromptCollator:
@@ -85,7 +97,9 @@ class PromptCollator:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if config.chat_template and not has_template:
             raise InputError("the tokenizer has no chat template", field="prompt.chat_template")
-        self.templated = has_template if config.chat_template is None else config.chat_template
+        self.templated = (
+            has_template and not config.template if config.chat_template is None else config.chat_template
+        )
 
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts, ready for the response to follow."""
@@ -93,6 +107,8 @@ class PromptCollator:
         return self.tokenizer(texts, add_special_tokens=not self.templated)["input_ids"]  # a template has its own
 
     def _text(self, prompt: str) -> str:
+        if self.config.template:
+            return self.config.template.replace("{prompt}", prompt)
         if not self.templated:
             return f"{self.config.system}\n{prompt}" if self.config.system else prompt
         turns = [{"role": "system", "content": self.config.system}] if self.config.system else []

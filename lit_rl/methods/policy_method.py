@@ -71,7 +71,8 @@ class PolicyMethod(Method):
         self.kv_tokens, self.prompt, self.evaluation = kv_tokens, prompt, evaluation
         self.reward_model = reward_model
         self.strict_loading = quantization is None  # quantised layers are not read back from a checkpoint
-        self.scorer = Scorer(reward_workers, reward_seconds, self._judge if reward_model else None)
+        judge = self._judge if reward_model else None
+        self.scorer = Scorer(reward_workers, reward_seconds, judge, prompt.answer_tag)
         self.results: list[ProblemResult] = []
         self._collected: list[ProblemResult] = []
         self._judging: Any = None
@@ -122,7 +123,7 @@ class PolicyMethod(Method):
         completions = draw(self.policy, batch, params, config.samples, EVALUATION_SEED, self.kv_tokens, hook)
         texts = [response_text(self.policy, completion.tokens) for completion in completions]
         rewards = self.scorer.rewards([p for p in batch.problems for _ in range(config.samples)], texts)
-        return problem_results(batch.problems, completions, texts, rewards)
+        return problem_results(batch.problems, completions, texts, rewards, self.scorer.answers(texts))
 
     def _report(self, split: str) -> None:
         self.results = merged(gather_objects(self._collected))

@@ -73,9 +73,22 @@ class DistributionHook:
 
 
 def problem_results(
-    problems: Sequence[Problem], completions: Sequence[Completion], texts: Sequence[str], rewards: Sequence[float]
+    problems: Sequence[Problem],
+    completions: Sequence[Completion],
+    texts: Sequence[str],
+    rewards: Sequence[float],
+    answers: Sequence[str] | None = None,
 ) -> list[ProblemResult]:
-    """Sort responses, which stand problem by problem, into results."""
+    """Sort responses, which stand problem by problem, into results.
+
+    Args:
+        problems: In order.
+        completions: As many of each problem.
+        texts: Of the completions.
+        rewards: Of each.
+        answers: The part of each text that is its answer; None takes all of it.
+    """
+    parts = texts if answers is None else answers
     samples = len(completions) // max(1, len(problems))
     results = []
     for number, problem in enumerate(problems):
@@ -87,7 +100,7 @@ def problem_results(
             ProblemResult(
                 problem.id,
                 list(rewards[part]),
-                [answer(problem.row, text) for text in texts[part]],
+                [answer(problem.row, text) for text in parts[part]],
                 [len(completion.tokens) for completion in drawn],
                 sum(completion.finish_reason == "length" for completion in drawn),
                 sums,

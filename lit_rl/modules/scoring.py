@@ -13,6 +13,15 @@ WORKERS = 2
 Dialogue = Sequence[dict[str, str]]
 
 
+def answer_part(response: str, tag: str) -> str:
+    """What stands behind the last ``<tag>`` of a response, up to ``</tag>`` where that follows.
+
+    Thoughts before it are left out. A response without ``<tag>`` is taken whole, as is any with an empty tag.
+    """
+    _, opened, answer = response.rpartition(f"<{tag}>")
+    return answer.partition(f"</{tag}>")[0] if tag and opened else response
+
+
 class Scorer:
     """Computes rewards.
 
@@ -20,6 +29,7 @@ class Scorer:
         workers: Processes for slow tasks; 0 computes in this one, without a limit.
         seconds: Limit for each response of a slow task.
         judge: Rewards of dialogues, for the task ``preference``.
+        answer_tag: Only what responses have in it is rewarded, see :func:`answer_part`; empty takes all of them.
     """
 
     def __init__(
@@ -27,8 +37,9 @@ class Scorer:
         workers: int = WORKERS,
         seconds: float = SECONDS,
         judge: Callable[[Sequence[Dialogue]], list[float]] | None = None,
+        answer_tag: str = "",
     ) -> None:
-        self.workers, self.seconds, self.judge = workers, seconds, judge
+        self.workers, self.seconds, self.judge, self.answer_tag = workers, seconds, judge, answer_tag
         self.pool: RewardWorkers | None = None
 
     def rewards(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float]:
@@ -37,6 +48,7 @@ class Scorer:
         Raises:
             InputError: The task ``preference`` without a reward model.
         """
+        responses = self.answers(responses)
         found = [0.0] * len(problems)
         slow, judged = list[int](), list[int]()
         for number, (problem, response) in enumerate(zip(problems, responses, strict=True)):
@@ -62,6 +74,10 @@ class Scorer:
             for number, value in zip(judged, self.judge(dialogues), strict=True):
                 found[number] = value
         return found
+
+    def answers(self, responses: Sequence[str]) -> list[str]:
+        """The parts of responses that are rewarded."""
+        return [answer_part(response, self.answer_tag) for response in responses]
 
     def close(self) -> None:
         """End the worker processes."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from experiments.grpo.__main__ import main as grpo
+from experiments.mgs.__main__ import main as mgs
 from experiments.ppo.__main__ import main as ppo
 from experiments.rose.__main__ import main as rose
 from experiments.sft.__main__ import main as sft
@@ -42,7 +43,7 @@ EASY = (
 
 
 @pytest.mark.parametrize("scale", ["smoke", "tiny", "paper"])
-@pytest.mark.parametrize("main", [sft, grpo, ppo, tre, rose])
+@pytest.mark.parametrize("main", [sft, grpo, ppo, tre, rose, mgs])
 def test_every_configuration_parses_and_prints(capsys: pytest.CaptureFixture[str], main: Any, scale: str) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--scale", scale, "--print_config"])

@@ -9,7 +9,7 @@ from lit_core.errors import InputError
 from lit_rl.modules.config import ExplorationConfig, LossConfig, RolloutConfig, UpdateConfig
 from lit_rl.modules.policy import Policy
 from lit_rl.modules.rollouts import Rollout, collect, informative, joined, response_text
-from lit_rl.modules.scoring import Scorer
+from lit_rl.modules.scoring import Scorer, answer_part
 from lit_rl.problems import DemonstrationCollator, Problem, ProblemBatch, PromptCollator, PromptConfig
 
 CPU = torch.device("cpu")
@@ -149,6 +149,33 @@ def test_rewards_keep_their_places_and_preferences_need_a_judge() -> None:
     assert judged == [[{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]]
     with pytest.raises(InputError, match="the task 'preference' needs a reward model"):
         Scorer(0).rewards(mixed, ["1+2", "hi", "1-2"])
+
+
+@pytest.mark.parametrize(
+    ("response", "tag", "answer"),
+    [
+        ("<think>1</think><response>1+2</response> bye", "response", "1+2"),
+        ("<response>no</response><response>1+2", "response", "1+2"),  # the last one, closed or not
+        ("1+2</response>", "response", "1+2</response>"),  # never opened: all of it
+        ("<response>1+2</response>", "", "<response>1+2</response>"),
+        ("a <> b", "", "a <> b"),
+    ],
+)
+def test_only_the_answer_of_a_response_is_rewarded(response: str, tag: str, answer: str) -> None:
+    assert answer_part(response, tag) == answer
+    problem = Problem(0, "countdown_bare", "", {"numbers": [1, 2], "target": 3})
+    assert Scorer(0, answer_tag=tag).rewards([problem], [response]) == [float(answer == "1+2")]
+
+
+def test_a_template_takes_the_place_of_the_chat_template(policy: Policy) -> None:
+    config = PromptConfig(template="Q: {prompt}\nA: {")
+    tokenizer = policy.tokenizer
+    ids = PromptCollator(tokenizer, config).ids(["1 {prompt} 2"])
+    assert ids == tokenizer(["Q: 1 {prompt} 2\nA: {"])["input_ids"]
+    with pytest.raises(InputError, match="needs {prompt}"):
+        PromptConfig(template="Q")
+    with pytest.raises(InputError, match="takes the place of"):
+        PromptConfig(template="{prompt}", system="be brief")
 
 
 def test_slow_rewards_are_computed_in_workers() -> None:
