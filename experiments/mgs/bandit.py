@@ -159,6 +159,24 @@ class Bandit:
         return [torch.Generator().manual_seed(mix_seed(seed, stream, step)) for seed in self.seeds]
 
 
+def combined(
+    bandit: Bandit, weights: Sequence[Tensor], step: int, granularity: BanditGranularity, surgery: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Gradient of every weight ``(S, ...)``, and the Gram matrices of the domains' gradients ``(M, S, T, T)``."""
+    gradients = bandit.gradients(weights, step)
+    module = torch.tensor(MODULES[granularity])
+    modules, domains = int(module.max()) + 1, bandit.config.domains
+    parts = torch.stack([torch.einsum("tsij,usij->stu", part, part) for part in gradients]).double()
+    grams = parts.new_zeros(modules, *parts.shape[1:]).index_add(0, module, parts)
+    factors = torch.ones(grams.shape[:3])
+    if surgery:  # every seed draws orders of its own
+        orders = [draw_orders(mix_seed(seed, 3, step), modules, domains) for seed in bandit.seeds]
+        found = surgery_weights(grams.flatten(0, 1), orders=torch.stack(orders, 1).flatten(0, 1))
+        factors = found.view(factors.shape).float()
+    return [torch.einsum("st,tsij->sij", factors[number], part)
+            for number, part in zip(MODULES[granularity], gradients, strict=True)], grams  # fmt: skip
+
+
 def run_bandit(
     config: BanditConfig, seeds: Sequence[int], granularity: BanditGranularity, surgery: bool = True
 ) -> BanditResult:
@@ -173,22 +191,13 @@ def run_bandit(
     bandit = Bandit(config, seeds)
     weights = [weight.clone().requires_grad_() for weight in bandit.first_weights]
     optimizer = torch.optim.Adam(weights, lr=config.lr)
-    module = torch.tensor(MODULES[granularity])
-    modules = int(module.max()) + 1
     curve, values = [0], [bandit.value(weights)]
     first, second = torch.triu_indices(config.domains, config.domains, 1)
     conflicts, hidden, agreeing = torch.zeros(3, len(seeds))
     for step in range(config.late):
-        gradients = bandit.gradients(weights, step)
-        grams = torch.stack([torch.einsum("tsij,usij->stu", part, part) for part in gradients]).double()
-        grams = grams.new_zeros(modules, *grams.shape[1:]).index_add(0, module, grams)  # (M, S, T, T)
-        factors = torch.ones(grams.shape[:3])
-        if surgery:  # every seed draws orders of its own
-            orders = [draw_orders(mix_seed(seed, 3, step), modules, config.domains) for seed in seeds]
-            found = surgery_weights(grams.flatten(0, 1), orders=torch.stack(orders, 1).flatten(0, 1))
-            factors = found.view(factors.shape).float()
-        for weight, part, number in zip(weights, gradients, MODULES[granularity], strict=True):
-            weight.grad = torch.einsum("st,tsij->sij", factors[number], part)
+        gradients, grams = combined(bandit, weights, step, granularity, surgery)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
         optimizer.step()
         dots = grams[..., first, second]  # (M, S, pairs)
         agree = dots.sum(0) >= 0

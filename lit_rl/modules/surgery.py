@@ -18,41 +18,17 @@ from lit_rl.functional.interference import conflicts, module_cosines
 from lit_rl.functional.surgery import SurgeryMethod, draw_orders, fixed_orders, gradvac_weights, surgery_weights
 from lit_rl.modules.granularity import Granularity, Part, Partition, partition
 
-BLOCK = {"cpu": 1 << 16}  # numbers of a gradient that are worked on at a time: on a CPU they stay in the caches
+BLOCK = 1 << 17  # numbers of a gradient that are worked on at a time: on a CPU they stay in the caches
 DEVICE_BLOCK = 1 << 22
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Where a parameter stands in the buffers of its group."""
-
-    parameter: int
-    part: int
-    start: int
-    end: int
-
-
-@dataclass
-class _Group:
-    """Parameters whose gradients are held in the same buffers: of one type and device, sharded in the same way."""
-
-    dtype: torch.dtype
-    device: torch.device
-    sharded: bool
-    meshes: tuple[Any, ...]  # process groups over which its parameters are cut
-    spans: list[_Span]
-    buffers: list[Tensor]  # a flat one a domain
-
-    @property
-    def size(self) -> int:
-        return self.spans[-1].end
+BUCKET = 1 << 24  # numbers that are averaged over ranks at a time
+WIDE = (torch.float32, torch.float64)
 
 
 class DomainGradients:
-    """A copy of the gradient for each domain, float32 at least, flat and in the order of the parts.
+    """The gradient of each domain, float32 at least.
 
-    Gradients of plain float32 parameters are written there by the backward pass itself; others are added, so that
-    those of 16 bits are summed in float32.
+    What the backward pass makes of plain parameters of 32 bits is kept as it is, and later passes add to it; other
+    gradients are added up in float32.
 
     Args:
         split: The parameters and their parts.
@@ -63,12 +39,13 @@ class DomainGradients:
         if len(set(domains)) != len(domains) or not domains:
             raise ValueError(f"need different names of domains, got {list(domains)}")
         self.split, self.domains = split, tuple(domains)
-        self.groups: list[_Group] = []
+        self.kept: list[list[Tensor | None]] = []  # of each domain by parameter, this rank's part; None is 0
+        self.clear()
 
     @property
     def sharded(self) -> bool:
         """Whether any parameter is cut over ranks."""
-        return any(hasattr(parameter, "full_tensor") for parameter in self.split.parameters)
+        return any(map(_is_sharded, self.split.parameters))
 
     def check_in_step(self, order: Sequence[str]) -> None:
         """Refuse backward passes that sharded ranks would take in different orders of domains.
@@ -94,93 +71,104 @@ class DomainGradients:
     @contextmanager
     def record(self, domain: str) -> Iterator[None]:
         """Backward passes inside add to the gradient of this domain; those of DDP go inside its ``no_sync``."""
-        number = self.domains.index(domain)
-        if not self.groups:
-            self._allocate()
-        direct = [group for group in self.groups if not group.sharded]
-        for parameter in self.split.parameters:
-            parameter.grad = None
-        for group in direct:
-            for span, parameter in self._members(group):
-                if parameter.dtype == group.dtype:
-                    parameter.grad = group.buffers[number][span.start : span.end].view(parameter.shape)
+        kept = self.kept[self.domains.index(domain)]
+        direct = [parameter.dtype in WIDE and not _is_sharded(parameter) for parameter in self.split.parameters]
+        for place, parameter in enumerate(self.split.parameters):
+            parameter.grad = kept[place] if direct[place] else None
         yield
-        for group in self.groups:
-            for span, parameter in self._members(group):
-                gradient = parameter.grad
-                if gradient is not None and (group.sharded or parameter.dtype != group.dtype):
-                    target = group.buffers[number][span.start : span.end]
-                    target.add_(_local(gradient).reshape(-1))
-                parameter.grad = None
+        for place, parameter in enumerate(self.split.parameters):
+            gradient, before = parameter.grad, kept[place]
+            parameter.grad = None
+            if gradient is None:
+                continue
+            if direct[place]:
+                kept[place] = gradient
+                continue
+            found = _local(gradient)
+            found = found if found.dtype in WIDE else found.float()
+            kept[place] = found if before is None else before.add_(found)
 
     def average(self) -> None:
-        """Mean over the ranks, one collective a domain; sharded gradients have been averaged by FSDP already."""
-        if not self.groups:
-            self._allocate()  # a rank without a backward pass takes part with zeros
+        """Mean over the ranks; a rank without a gradient takes part with zeros. FSDP has averaged by itself."""
         if world_size() == 1:
             return
-        for group in self.groups:
-            for buffer in () if group.sharded else group.buffers:
-                dist.all_reduce(buffer)
-                buffer /= world_size()
+        plain = [place for place, parameter in enumerate(self.split.parameters) if not _is_sharded(parameter)]
+        for kept in self.kept:
+            for places in _buckets(plain, self.split.parameters):
+                parts = [self._or_zeros(kept, place) for place in places]
+                flat = torch.cat([_flat(part) for part in parts])
+                dist.all_reduce(flat)
+                flat /= world_size()
+                for part, mean in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+                    _flat(part).copy_(mean)
 
     def gram(self) -> Tensor:
-        """Scalar products of the domains' gradients in each part, float64 ``(M, T, T)``, equal on all ranks."""
-        domains, device = len(self.domains), self.groups[0].device
+        """Scalar products of the domains' gradients in each part, float64 ``(M, T, T)``, equal on all ranks.
+
+        Blocks are multiplied in the gradients' own type, without TF32, and added up in float64.
+        """
+        domains = len(self.domains)
+        device = _local(self.split.parameters[0]).device
+        pairs = [(one, other) for one in range(domains) for other in range(one + 1)]
+        found: dict[tuple[Any, ...], list[tuple[int, int, int, Tensor]]] = {}  # by the groups that cut the parameter
+        for place, parameter in enumerate(self.split.parameters):
+            rows = [None if kept[place] is None else _flat(cast(Tensor, kept[place])) for kept in self.kept]
+            products = found.setdefault(_shard_groups(parameter), [])
+            for start, end in _blocks(_local(parameter)):
+                cut = [None if row is None else row[start:end] for row in rows]
+                for one, other in pairs:
+                    left, right = cut[one], cut[other]
+                    if left is not None and right is not None:
+                        products.append((self.split.index[place], one, other, torch.dot(left, right)))
         total = torch.zeros(len(self.split.parts), domains, domains, dtype=torch.float64, device=device)
-        reduced: dict[tuple[Any, ...], Tensor] = {}
-        for group in self.groups:
-            found = reduced.setdefault(group.meshes, torch.zeros_like(total))
-            for part, start, end in _blocks(group):
-                block = torch.stack([buffer[start:end] for buffer in group.buffers]).double()
-                found[part].addmm_(block, block.T)
-        for meshes, found in reduced.items():
-            for mesh in meshes:
-                dist.all_reduce(found, group=mesh)
-            total += found
-        return total
+        for groups, products in found.items():
+            lower = torch.zeros_like(total)
+            if products:
+                *places, values = zip(*products, strict=True)
+                index = [torch.tensor(place, device=device) for place in places]
+                lower.index_put_(tuple(index), torch.stack([v.to(device) for v in values]).double(), accumulate=True)
+            for group in groups:
+                dist.all_reduce(lower, group=group)
+            total += lower
+        return total + total.tril(-1).mT
 
     def combine(self, weights: Tensor) -> None:
-        """Leave ``sum_t w_t g_t`` in ``p.grad``, made in the first domain's buffer; the others are given up.
+        """Leave ``sum_t w_t g_t`` in ``p.grad``, made in the first gradient that is there; the others are given up.
 
         Args:
             weights: ``(M, T)``.
         """
         rows: list[list[float]] = weights.tolist()  # one copy to the host a step
-        for group in self.groups:
-            first, *others = group.buffers
-            for part, start, end in _blocks(group):
-                own, *rest = rows[part]
+        for place, parameter in enumerate(self.split.parameters):
+            factors = rows[self.split.index[place]]
+            present = [(kept[place], factor) for kept, factor in zip(self.kept, factors, strict=True)]
+            terms = [(gradient, factor) for gradient, factor in present if gradient is not None]
+            if not terms:
+                parameter.grad = None
+                continue
+            (first, own), *others = [(_flat(gradient), factor) for gradient, factor in terms]
+            for start, end in _blocks(_local(parameter)):
                 target = first[start:end]
                 if own != 1:
                     target.mul_(own)
-                for buffer, weight in zip(others, rest, strict=True):
-                    target.add_(buffer[start:end], alpha=weight)
-            for span, parameter in self._members(group):
-                parameter.grad = _like(first[span.start : span.end], parameter)
-        self.groups = []
+                for gradient, factor in others:
+                    target.add_(gradient[start:end], alpha=factor)
+            parameter.grad = _like(terms[0][0], parameter)
+            for kept in self.kept:
+                kept[place] = None
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        self.groups = []
+        self.kept = [[None] * len(self.split.parameters) for _ in self.domains]
 
-    def _members(self, group: _Group) -> Iterator[tuple[_Span, nn.Parameter]]:
-        return ((span, self.split.parameters[span.parameter]) for span in group.spans)
-
-    def _allocate(self) -> None:
-        order = sorted(range(len(self.split.parameters)), key=lambda number: self.split.index[number])
-        groups: dict[Any, _Group] = {}
-        for number in order:
-            parameter = self.split.parameters[number]
-            local = _local(parameter)
-            dtype = torch.float32 if local.dtype in (torch.bfloat16, torch.float16) else local.dtype
-            key = (dtype, local.device, hasattr(parameter, "full_tensor"), _shard_groups(parameter))
-            group = groups.setdefault(key, _Group(*key, spans=[], buffers=[]))
-            start = group.size if group.spans else 0
-            group.spans.append(_Span(number, self.split.index[number], start, start + local.numel()))
-        for group in groups.values():
-            group.buffers = [torch.zeros(group.size, dtype=group.dtype, device=group.device) for _ in self.domains]
-        self.groups = list(groups.values())
+    def _or_zeros(self, kept: list[Tensor | None], place: int) -> Tensor:
+        """A gradient that is written to where it is missing."""
+        found = kept[place]
+        if found is None:
+            parameter = self.split.parameters[place]
+            found = torch.zeros_like(parameter, dtype=parameter.dtype if parameter.dtype in WIDE else torch.float32)
+            kept[place] = found
+        return found
 
 
 @dataclass(frozen=True)
@@ -302,35 +290,58 @@ class GradientSurgery:
         return found.weights
 
 
-def _blocks(group: _Group) -> Iterator[tuple[int, int, int]]:
-    """Part, start and end of pieces that fit the caches."""
-    size = BLOCK.get(group.device.type, DEVICE_BLOCK)
-    bounds: dict[int, list[int]] = {}
-    for span in group.spans:  # those of a part follow one another
-        bounds.setdefault(span.part, [span.start, span.end])[1] = span.end
-    for part, (first, end) in bounds.items():
-        for start in range(first, end, size):
-            yield part, start, min(start + size, end)
+def _blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Start and end of pieces that fit the caches."""
+    size = BLOCK if tensor.device.type == "cpu" else DEVICE_BLOCK
+    return ((start, min(start + size, tensor.numel())) for start in range(0, tensor.numel(), size))
+
+
+def _buckets(places: Sequence[int], parameters: Sequence[nn.Parameter]) -> Iterator[list[int]]:
+    """Places of parameters whose gradients are averaged together: of one type and device, and not too many."""
+    bucket, size = list[int](), 0
+    for place in places:
+        parameter = parameters[place]
+        if bucket:
+            first = parameters[bucket[0]]
+            alike = (parameter.dtype, parameter.device) == (first.dtype, first.device)
+            if not alike or size + parameter.numel() > BUCKET:
+                yield bucket
+                bucket, size = [], 0
+        bucket.append(place)
+        size += parameter.numel()
+    if bucket:
+        yield bucket
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A gradient as one row, in the order of its memory; gradients of a parameter are laid out as it is."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return hasattr(parameter, "full_tensor")
 
 
 def _local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
-    return cast(Any, tensor).to_local() if hasattr(tensor, "full_tensor") else tensor
+    return cast(Any, tensor).to_local() if _is_sharded(tensor) else tensor
 
 
 def _shard_groups(parameter: Tensor) -> tuple[Any, ...]:
     """Process groups over which a parameter is cut; those over which it is repeated are not among them."""
-    if not hasattr(parameter, "full_tensor"):
+    if not _is_sharded(parameter):
         return ()
     sharded = cast(Any, parameter)
     mesh = sharded.device_mesh
     return tuple(mesh.get_group(number) for number, kind in enumerate(sharded.placements) if kind.is_shard())
 
 
-def _like(flat: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A flat gradient in the form of its parameter."""
-    local = flat.view(_local(parameter).shape).to(parameter.dtype)
-    if not hasattr(parameter, "full_tensor"):
+def _like(gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A gradient in the type of its parameter, and sharded as it is."""
+    local = gradient.to(parameter.dtype)
+    if not _is_sharded(parameter):
         return local
     from torch.distributed.tensor import DTensor
 
