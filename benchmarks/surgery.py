@@ -1,10 +1,10 @@
 """What gradient surgery costs: ``python -m benchmarks.surgery``.
 
-A language model of the shape of Qwen2.5-0.5B with two layers, three domains. First whole gradients: one or more backward
-passes a domain into the same ``p.grad``, as mixed training does it, against the same passes into a gradient a domain
-with the Gram matrices, the weights and the combined gradient, by parameter and coarser. What surgery costs does not
-depend on the tokens of a step, so its share falls with them; the paper's steps have 512 responses of up to 4,096. Then
-surgery alone, from gradients that are there, against the projection as it is written down, with a clone of every
+A language model of the shape of Qwen2.5-0.5B with two layers, three domains. First whole gradients: one or more
+backward passes a domain into the same ``p.grad``, as mixed training does it, against the same passes into a gradient a
+domain with the Gram matrices, the weights and the combined gradient, by parameter and coarser. What surgery costs does
+not depend on the tokens of a step, so its share falls with them; the paper's steps have 512 responses of up to 4,096.
+Then surgery alone, from gradients that are there, against the projection as it is written down, with a clone of every
 gradient and a projection for every pair, parameter by parameter. Orders are the same, so that gradients must be.
 """
 
@@ -135,7 +135,9 @@ def surgery_alone(model: Any, losses: dict[str, Callable[[], Any]], repetitions:
     }
 
 
-def whole_steps(model: Any, losses: dict[str, Callable[[], Any]], repetitions: int, passes: int) -> list[dict[str, Any]]:
+def whole_steps(
+    model: Any, losses: dict[str, Callable[[], Any]], repetitions: int, passes: int
+) -> list[dict[str, Any]]:
     """Rows of the first table."""
     from lit_rl.modules.surgery import GradientSurgery
 

@@ -97,9 +97,7 @@ class PromptCollator:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if config.chat_template and not has_template:
             raise InputError("the tokenizer has no chat template", field="prompt.chat_template")
-        self.templated = (
-            has_template and not config.template if config.chat_template is None else config.chat_template
-        )
+        self.templated = has_template and not config.template if config.chat_template is None else config.chat_template
 
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts, ready for the response to follow."""

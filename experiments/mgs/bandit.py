@@ -10,6 +10,7 @@ so that they can be compared seed by seed.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -105,7 +106,7 @@ class Bandit:
         self.width = config.inputs + (config.domains if config.told else 0)
         sizes = [self.width, config.hidden, config.hidden, config.actions]
         self.first_weights: list[Tensor] = []
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in pairwise(sizes):
             matrix = torch.stack([torch.randn(fan_in, fan_out, generator=g) for g in generators]) / math.sqrt(fan_in)
             self.first_weights += [matrix, torch.zeros(count, 1, fan_out)]
         self.held_out = self.contexts(config.held_out, -1)

@@ -5,11 +5,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.policies import START, backbone_flags, cost_of, evaluate, finish, train
+from experiments.policies import START, cost_of, evaluate, finish, train
 from lit_core.files import read_json, write_json
 from lit_core.merging import merge_folders
 from lit_core.reproduce import Arm, ArmContext, write_results
-from lit_core.results import Results, read_results
+from lit_core.results import read_results
 from lit_core.setting import Setting
 from lit_core.stages import write_export
 from lit_rl.modules.evaluation import per_problem, summarise

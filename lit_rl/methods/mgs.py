@@ -210,10 +210,12 @@ class MGS(GRPO):
         assert weights is not None
         sizes = torch.tensor([part.size for part in parts], device=gram.device)
         found = interference(gram, weights, sizes)
+        norms = gram.sum(0).diagonal().clamp(min=0).sqrt()
         for name in ("cosine", "conflict_ratio", "conflict_ratio_weighted", "magnitude"):
             totals.add(f"surgery/{name}", getattr(found, name))
         for number, domain in enumerate(self.domains):
             totals.add(f"surgery/gain/{domain}", found.gains[number])
+            totals.add(f"surgery/norm/{domain}", norms[number])
             for other in range(number):
                 totals.add(f"surgery/cosine/{self.domains[other]}-{domain}", found.cosines[other, number])
         for kind in KINDS:

@@ -203,6 +203,7 @@ def test_a_fit_logs_domains_and_draws_maps(tmp_path: Path) -> None:
     last = logged.rows[-1]
     for name in worker.DOMAINS:
         assert f"surgery/gain/{name}" in last
+        assert last[f"surgery/norm/{name}"] > 0
         assert f"rollout/{name}/reward_mean" in last
         assert 0 < last[f"rollout/{name}/length_mean"] <= 5
         assert last[f"rollout/{name}/entropy"] > 0
