@@ -20,6 +20,7 @@ Points = Sequence[Sequence[float]]  # [[x, value], ...] of one run
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, QUIET, GRID = "#222222", "#666666", "#E4E4E4"
 VERDICT_COLOURS = {True: "#0072B2", False: "#D55E00", "inconclusive": QUIET}
+UNLIKE = 20  # differences that are so many times larger than others would hide them
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "text.color": INK,
@@ -125,6 +126,13 @@ def differences(report: Mapping[str, Any]) -> "Figure":
             smaller = "" if claim["larger_is_better"] else ", smaller is better"
             labels.append(f"{claim['text']} ({claim['metric']}{smaller})")
         _rows(axes, labels, values)
+        reaches = sorted(filter(None, (max(map(abs, [c["difference"], *(c["ci95"] or [])])) for c in claims)))
+        if reaches and reaches[-1] > UNLIKE * reaches[0]:  # shares beside lengths, say: each is to be seen
+            middle = reaches[(len(reaches) - 1) // 2]
+            axes.set_xscale("symlog", linthresh=middle)
+            decades = [10.0**power for power in range(-6, 7) if middle < 10.0**power <= reaches[-1]]
+            ticks = [*(-value for value in reversed(decades)), 0.0, *decades]
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         for text, claim in zip(axes.texts, claims, strict=True):
             text.set_color(VERDICT_COLOURS[claim["holds"]])
     return figure

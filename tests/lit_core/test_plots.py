@@ -36,6 +36,19 @@ def test_bars_show_the_numbers_of_the_report(report: dict[str, Any]) -> None:
         bar_with_intervals(report, "loss")
 
 
+def test_small_differences_are_seen_beside_large_ones(report: dict[str, Any]) -> None:
+    first = {**report["claims"][0], "ci95": [-0.03, 0.05], "difference": 0.01}
+    large = {**first, "difference": 4.0, "ci95": [1.0, 7.0]}
+    alike, unlike = (differences({"claims": claims}).axes[0] for claims in ([first, first], [first, large]))
+    assert (alike.get_xscale(), unlike.get_xscale()) == ("linear", "symlog")
+
+    def place(value: float) -> float:
+        return float(unlike.transAxes.inverted().transform(unlike.transData.transform((value, 0)))[0])
+
+    assert place(0.05) - place(-0.03) > 0.01
+    assert place(7.0) - place(1.0) < 0.5
+
+
 def test_differences_show_the_verdicts(report: dict[str, Any]) -> None:
     texts = [text.get_text() for text in differences(report).axes[0].texts]
     assert texts == ["+0.200 [+0.100, +0.300]\nholds", "+0.000\ninconclusive"]
