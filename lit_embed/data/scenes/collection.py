@@ -174,8 +174,8 @@ def _new_scene(rng: random.Random, config: SceneConfig, kinds: list[Kind], taken
             taken.add(scene)
             return scene
     raise InputError(
-        f"no {len(taken) + 1} different scenes were found; ask for fewer, or raise scenes.most_things, scenes.grid, "
-        "scenes.shapes or scenes.colours",
+        f"only {len(taken)} different scenes were found, the other evaluations' included; ask for fewer, or raise "
+        "scenes.most_things, scenes.grid, scenes.shapes or scenes.colours",
         field=f"scenes.{field}",
     )
 
