@@ -104,7 +104,7 @@ def surgery_alone(model: Any, losses: dict[str, Callable[[], Any]], repetitions:
         for name, rows in zip(DOMAINS, gradients, strict=True):
             with recorder.record(name):
                 for parameter, gradient in zip(parameters, rows, strict=True):
-                    parameter.grad.copy_(gradient)
+                    parameter.grad = gradient.clone()  # surgery works in place
 
     def ours() -> None:
         surgery.finish(0)

@@ -24,6 +24,7 @@ FORWARDED = (  # which of the user's flags the warm start takes too
     "--data.domains",
     *("--trainer.accelerator", "--trainer.devices", "--trainer.precision", "--trainer.logger"),
 )
+WEIGHTS = ("--model.backbone", "--model.lora", "--model.quantization")  # flags that a merged folder has behind it
 TABLE = ("success", "pass@4", "invalid", "distinct_correct", "length", "entropy", "tail_mass")
 
 
@@ -77,7 +78,7 @@ def evaluate(
     setting: Setting, context: ArmContext, backbone: Path, verb: str, flags: Sequence[str] = ()
 ) -> ExperimentCLI:
     """Run ``test`` or ``validate`` of the policy in a model folder; its results are those of the module."""
-    args = [flag for flag in (*setting.flags, *flags) if not flag.startswith("--model.")]
+    args = [flag for flag in (*setting.flags, *flags) if not flag.startswith(WEIGHTS)]
     args += [f"--model.backbone={backbone}", f"--seed_everything={context.seed}"]
     configs = setting.spec.configs(setting.scale)
     return ExperimentCLI(setting.spec, [verb, *args], configs, context.folder / verb, quiet=True)

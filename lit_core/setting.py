@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_core.cli import Spec, load, take
+from lit_core.cli import Spec, load
 from lit_core.errors import InputError
 from lit_core.stages import ExperimentCLI
 
+DATA_PATH = re.compile(r"--data\.[\w.]*path=(.+)")
 ONE_DEVICE = r"1|\d+,|\[\d+\]"  # ways to write one device, or which one
 
 
@@ -39,11 +40,10 @@ class Setting:
         )
 
     def _data(self) -> list[str]:
-        """Size and time of every file of ``--data.path``: results are not those of changed data."""
-        path = Path(take(list(self.flags), "--data.path", "")[0] or "")
-        if not path.exists() or path == Path():
-            return []
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        """Size and time of the files that flags such as ``--data.path`` name: results are not those of changed data."""
+        named = [DATA_PATH.fullmatch(flag) for flag in self.flags]
+        paths = [Path(match[1]) for match in named if match]
+        files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
         return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
 
     def fit(

@@ -37,9 +37,7 @@ TOGETHER = (
     Together("global", "global surgery (PCGrad)", (f"{SURGERY}granularity=global",), main=True),
     Together("mgs", "MGS", main=True),
     Together("mgs_block", "MGS by block", (f"{SURGERY}granularity=block",)),
-    Together("mgs_linear", "MGS by linear layer", (f"{SURGERY}granularity=linear",)),
     Together("mgs_layer", "MGS by layer", (f"{SURGERY}granularity=layer",)),
-    Together("mgs_alike", "MGS, domains count alike", (f"{SURGERY}weighting=per_domain_mean",)),
     Together("normalised", "normalised advantage", (f"{SURGERY}method=sum", "--model.normalisation=domain"), main=True),
     Together("gradvac", "GradVac by parameter", (f"{SURGERY}method=gradvac",)),
     Together("cagrad", "CAGrad by parameter", (f"{SURGERY}method=cagrad",)),
@@ -48,7 +46,7 @@ TOGETHER = (
 BANDITS: tuple[tuple[str, str, BanditGranularity, bool], ...] = (  # name, title, granularity, surgery
     ("mixed", "mixing", "param", False),
     ("global", "global surgery", "global", True),
-    ("linear", "surgery by layer", "linear", True),
+    ("linear", "surgery by linear layer", "linear", True),
     ("param", "surgery by parameter", "param", True),
 )
 
@@ -68,7 +66,7 @@ def build(setting: Setting) -> Experiment:
     metric = "reward"
     claims = (
         Claim("Bandit: surgery by parameter is ahead of mixing early", "early", "bandit_param", "bandit_mixed"),
-        Claim("Bandit: global surgery is", "early", "bandit_global", "bandit_mixed"),
+        Claim("Bandit: global surgery is ahead of mixing early", "early", "bandit_global", "bandit_mixed"),
         Claim("Bandit: surgery by parameter is ahead of global surgery early", "early", "bandit_param",
               "bandit_global"),
         Claim("Bandit: surgery by parameter is ahead of mixing late", "late", "bandit_param", "bandit_mixed"),
@@ -78,8 +76,12 @@ def build(setting: Setting) -> Experiment:
         Claim("MGS gets more than global surgery", metric, "mgs", "global"),
         Claim("MGS gets more than MGS by block", metric, "mgs", "mgs_block"),
         Claim("MGS gets more than normalised advantage", metric, "mgs", "normalised"),
+        *(Claim(f"MGS gets more than {title}", metric, "mgs", arm)
+          for arm, title in (("gradvac", "GradVac"), ("cagrad", "CAGrad"), ("mgda", "MGDA"))),
         Claim("MGS gets more than uniform merging", metric, "mgs", "linear"),
         Claim("MGS gets more than task arithmetic", metric, "mgs", "task_arithmetic"),
+        *(Claim(f"The expert of {domain} gains there", f"{domain}/reward", expert_name(domain), START)
+          for domain in domains if needs),
         *(_claims_of_order(order) for order in orders),
         *(Claim(f"MGS gets more than {' → '.join(order)}", metric, "mgs", sequence_name(order)) for order in orders),
         Claim("MGS gets more than mixing in its worst domain", "domain_worst/reward", "mgs", "mixed"),
@@ -95,9 +97,10 @@ def build(setting: Setting) -> Experiment:
         "go on. 'reward' is the mean over all problems, of which every domain has as many.",
         "'forgetting': what a domain loses from the end of its own stage to the end, the mean over all but the last; "
         "'rigidity': what a domain's expert is ahead of its stage, the mean over all but the first.",
-        f"The bandit's intervals are over {len(BANDIT_SEEDS)} seeds, the same problems and noise for every row: "
-        "'early' and 'late' are expected rewards, 'hidden' the share of the pairs of gradients that agree as a whole "
-        "and conflict in a module.",
+        f"The bandit's intervals are over {len(_bandit_seeds(setting))} seeds, the same problems and noise for every "
+        "row: 'early' and 'late' are expected rewards, 'hidden' the share that conflicts in a module among the pairs "
+        "of gradients that agree as a whole.",
+        "'conflict_ratio' counts modules as the arm has them (mixing: parameters); unrelated gradients would give .5.",
         "The factor of task arithmetic is chosen on validation problems.",
     )
     jobs = side_by_side(setting)
@@ -119,18 +122,22 @@ def _together_arm(setting: Setting, needs: tuple[str, ...], part: Together) -> A
 
 
 def _interference(curves: Mapping[str, Any]) -> dict[str, float]:
-    """How often gradients were in conflict, the mean over the updates."""
-    return {"conflict_ratio": fmean(value for _, value in curves["surgery/conflict_ratio"])}
+    """How often gradients were in conflict, the mean over the recorded updates; nothing with one domain."""
+    recorded = curves.get("surgery/conflict_ratio", ())
+    return {"conflict_ratio": fmean(value for _, value in recorded)} if recorded else {}
+
+
+def _bandit_seeds(setting: Setting) -> range:
+    return BANDIT_SEEDS[:3] if setting.scale == "smoke" else BANDIT_SEEDS
 
 
 def _bandit_arm(
     setting: Setting, name: str, title: str, granularity: BanditGranularity, surgery: bool, told: bool
 ) -> Arm:
-    quick = setting.scale == "smoke"
-    config = BanditConfig(told=told, early=20, late=40) if quick else BanditConfig(told=told)
+    config = BanditConfig(told=told, early=20, late=40) if setting.scale == "smoke" else BanditConfig(told=told)
 
     def run(context: ArmContext) -> None:
-        found = run_bandit(config, BANDIT_SEEDS[:3] if quick else BANDIT_SEEDS, granularity, surgery)
+        found = run_bandit(config, _bandit_seeds(setting), granularity, surgery)
         columns = {"early": found.at(config.early).mean(1), "late": found.at(config.late).mean(1),
                    "conflict_ratio": found.conflicts, "hidden": found.hidden}  # fmt: skip
         items = {key: {str(seed): value for seed, value in enumerate(values.tolist())}

@@ -39,8 +39,8 @@ def expert(setting: Setting, needs: tuple[str, ...], domain: str, stages: int) -
     """A policy that is trained on one domain, and evaluated on all."""
 
     def run(context: ArmContext) -> None:
-        train(setting, context, stage_flags(setting, domain, stages))
-        _export(setting, context.folder)
+        # the export comes first: what train writes in the end marks the arm as done
+        train(setting, context, stage_flags(setting, domain, stages), extra=lambda _: _export(setting, context.folder))
 
     return Arm(expert_name(domain), f"expert: {domain}", run, needs=needs)
 
@@ -124,13 +124,15 @@ def _stage(setting: Setting, context: ArmContext, folder: Path, backbone: Path, 
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         results = cli.model.results
         write_json(folder / "curves.json", read_json(folder / "fit" / "curves.json"))
+        _export(setting, folder)
         write_results(folder, summarise(results), per_problem(results), cost_of(cli))
-    _export(setting, folder)
 
 
-def _export(setting: Setting, folder: Path) -> None:
+def _export(setting: Setting, folder: Path) -> dict[str, float]:
+    """Write the policy of a fit, once; there is nothing to measure."""
     if not (folder / EXPORT).exists():
         write_export(setting.spec, folder / "fit" / "last.ckpt", folder / EXPORT, "merged")
+    return {}
 
 
 def _joined(curves: Sequence[dict[str, list[list[float]]]], steps: Sequence[int]) -> dict[str, list[list[float]]]:

@@ -16,6 +16,7 @@ from lit_core.files import atomic_path, write_json
 from lit_core.plots import canvas
 from lit_rl.methods.mgs import MGS
 from lit_rl.modules.granularity import Part
+from lit_rl.modules.surgery import ConflictTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,6 +122,11 @@ class InterferenceMap(Callback):
         if self.since is not None and isinstance(pl_module, MGS) and pl_module.interference is not None:
             self._draw(trainer, pl_module)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A run that is cut off after its last update has its map."""
+        if trainer.is_global_zero and isinstance(pl_module, MGS) and pl_module.interference is not None:
+            self._write(pl_module.interference)
+
     def state_dict(self) -> dict[str, Any]:
         names = ("seen_at", "drawn_at", "since", "whole", "steps", "steps_since")
         return {name: getattr(self, name) for name in names}
@@ -132,17 +138,23 @@ class InterferenceMap(Callback):
         table, step = module.interference, trainer.global_step
         assert table is not None  # the callers have looked
         assert self.since is not None
-        assert self.whole is not None
         if trainer.is_global_zero:
-            latest, whole = (
-                ConflictMap.of(table.parts, (counts[0] / counts[1].clamp(min=1)).tolist(), table.domains, steps)
-                for counts, steps in ((self.since, self.steps_since), (self.whole, self.steps))
-            )
-            figure = latest.draw(f"Conflicts at step {step}")
+            figure = _map(table, self.since, self.steps_since).draw(f"Conflicts at step {step}")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure("surgery/conflicts", figure, step, close=False)
             with atomic_path(self.folder / f"interference.{step}.png") as temporary:
                 figure.savefig(temporary, format="png", bbox_inches="tight", facecolor="white")
-            write_json(self.folder / CONFLICTS, whole.content())
+            self._write(table)
         self.drawn_at, self.since, self.steps_since = step, None, 0
+
+    def _write(self, table: ConflictTable) -> None:
+        if self.whole is not None:
+            write_json(self.folder / CONFLICTS, _map(table, self.whole, self.steps).content())
+
+
+def _map(table: ConflictTable, counts: Tensor, steps: int) -> ConflictMap:
+    """Shares of conflicts ``(2, M)`` in the pairs; NaN where no pair had gradients."""
+    conflicts, pairs = counts.tolist()
+    shares = [one / of if of else math.nan for one, of in zip(conflicts, pairs, strict=True)]
+    return ConflictMap.of(table.parts, shares, table.domains, steps)

@@ -60,6 +60,11 @@ class Partition:
     index: tuple[int, ...]
     parts: tuple[Part, ...]
 
+    def drop_gradients(self) -> None:
+        """Forget what stands in the parameters' ``grad``."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
 
 def partition(module: nn.Module, granularity: Granularity | Mapping[str, str] = "param") -> Partition:
     """Take trainable parameters together.

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lit_core.samplers import mix_seed
 from lit_core.sharding import gather_objects, world_size
@@ -75,7 +76,11 @@ class DomainGradients:
         direct = [parameter.dtype in WIDE and not _is_sharded(parameter) for parameter in self.split.parameters]
         for place, parameter in enumerate(self.split.parameters):
             parameter.grad = kept[place] if direct[place] else None
-        yield
+        try:
+            yield
+        except BaseException:
+            self.split.drop_gradients()
+            raise
         for place, parameter in enumerate(self.split.parameters):
             gradient, before = parameter.grad, kept[place]
             parameter.grad = None
@@ -200,8 +205,8 @@ class GradientSurgery:
     >>> model[0].weight.grad.shape  # the combined gradient: clip, and take an optimizer step
     torch.Size([8, 4])
 
-    With DDP the losses come from the wrapped model and ``backward`` is called inside its ``no_sync()``; it averages
-    over the ranks by itself. With FSDP2 every rank needs the same losses in the same order.
+    With DDP the losses come from the wrapped model, and both they and ``backward`` are called inside its ``no_sync()``;
+    it averages over the ranks by itself. With FSDP2 every rank needs the same losses in the same order.
 
     Args:
         module: Its trainable parameters get the combined gradient.
@@ -230,6 +235,9 @@ class GradientSurgery:
         decay: float = 0.5,
         seed: int = 0,
     ) -> None:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # a root that has just run shows whole parameters, which get no gradient
         self.split = partition(module, granularity)
         self.gradients = DomainGradients(self.split, domains)
         self.method, self.compat, self.order = method, compat, order

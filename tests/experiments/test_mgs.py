@@ -111,7 +111,7 @@ def test_its_arms_end_with_a_report_and_figures(tmp_path: Path, monkeypatch: pyt
     steps = {name: found[name]["cost"]["steps"] - found["sft"]["cost"]["steps"] for name in found if name != "sft"}
     assert steps["mixed"] == steps["mgs"] == steps["stages_math_chat_if"] == steps["linear"] == 6
     assert [steps[name] for name in experts] == [2, 2, 2]
-    for name in ("Conflicts_under_mixing", "Conflicts_under_MGS", "Bandit", "curves_val_math_reward"):
+    for name in ("Conflicts_under_mixing", "Conflicts_under_MGS", "Bandit", "val_math_reward_over_training"):
         assert (folder / f"{name}.png").stat().st_size > 5000, name
     curve = read_json(folder / "stages_math_chat_if" / "seed0" / "curves.json")["val/math/reward"]
     assert [step for step, _ in curve] == [2, 4, 6]

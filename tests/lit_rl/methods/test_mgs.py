@@ -47,11 +47,8 @@ def one_step(method: Any, folder: Path, drawn: Rollout, loss: LossConfig = KL, *
 
     def recorded(engine: GradientSurgery, seed: int) -> None:
         for number, name in enumerate(engine.gradients.domains):
-            found = [torch.empty(0)] * len(engine.split.parameters)
-            for group in engine.gradients.groups:
-                for span in group.spans:
-                    found[span.parameter] = group.buffers[number][span.start : span.end].clone()
-            module.seen[name] = found
+            kept = zip(engine.split.parameters, engine.gradients.kept[number], strict=True)
+            module.seen[name] = [(torch.zeros_like(p) if g is None else g.clone()).flatten() for p, g in kept]
         module.seed = seed
         finish(engine, seed)
 
