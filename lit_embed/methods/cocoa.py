@@ -1,5 +1,7 @@
 """CoCoA (arXiv 2603.01471): content is reconstructed through the end token before vectors are contrasted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -182,6 +184,14 @@ class CoCoA(Method):
         if len(ids) != 1:
             raise InputError(f"must be one token, '{token}' is {len(ids)}", field="mask_token")
         return Hiding(ids[0], tuple(self.encoder.never_hidden), rate)
+
+    @contextmanager
+    def encoder_in_evaluation(self) -> Iterator[None]:
+        """Without dropout inside."""
+        training = self.encoder.training
+        self.encoder.eval()
+        yield
+        self.encoder.train(training)
 
     def batch_tokens(self, batch: Any) -> int:
         """Tokens of a training batch, those of images among them, padding not."""
