@@ -1,4 +1,4 @@
-"""States under a bridge in every form against rows one by one under a mask written out, in float64 (CoCoA, card 2.4)."""
+"""States under a bridge in every form against single rows under a mask written out, in float64 (CoCoA, card 2.4)."""
 
 from dataclasses import replace
 from functools import cache
