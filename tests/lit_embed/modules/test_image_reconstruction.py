@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_vision import IDS, vision_model
 from torch import Generator, Tensor
 
 from lit_core.backbones import Lora, add_adapter, load_backbone
@@ -12,7 +13,6 @@ from lit_embed.functional.masks import bidirectional
 from lit_embed.functional.reconstruction import hide_patches, masked_patch_loss, place_hidden
 from lit_embed.modules.bridge_attention import text_decoder
 from lit_embed.modules.image_reconstruction import ImageReconstruction, pixels_per_token, position_embeddings
-from tests.lit_embed.modules.tiny_vision import IDS, vision_model
 
 NAMES = ("qwen2_vl", "qwen2_5_vl")
 GRIDS = torch.tensor([[1, 4, 4], [1, 2, 4]])  # 4 and 2 merged tokens
