@@ -147,7 +147,7 @@ def bridge_layout(bridge: Bridge, arrangement: Arrangement) -> BridgeLayout:
 
 
 def key_mask(valid: Tensor) -> Tensor:
-    """Mask ``(B, 1, 1, keys)`` of the keys' padding; where there is nothing else, all of it, lest a softmax be empty."""
+    """Mask ``(B, 1, 1, keys)`` of the keys' padding; where there is nothing else, none is masked (no NaN)."""
     return (valid | ~valid.any(1, keepdim=True))[:, None, None]
 
 

@@ -1,4 +1,4 @@
-"""States under a bridge in every form against rows one by one under a mask written out, in float64 (CoCoA, card 2.4)."""
+"""States under a bridge in every form against single rows under a mask written out, in float64 (CoCoA, card 2.4)."""
 
 from dataclasses import replace
 from functools import cache
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_vision import vision_model
 from torch import Generator, Tensor
 
 from lit_core.backbones import BackboneConfig, Lora, load_backbone
@@ -22,7 +23,6 @@ from lit_embed.modules.bridge_decoder import (
     decode_targets,
     encode_contexts,
 )
-from tests.lit_embed.modules.tiny_vision import vision_model
 
 MODELS = ("tiny-qwen3", "tiny-llama", "qwen2_vl", "qwen2_5_vl")
 BRIDGES: tuple[Bridge, ...] = ("collaborative", "strict", "one_way")
