@@ -209,19 +209,24 @@ class CoCoA(Method):
                 loss = self.loss(self.encoder(batch.tokens), batch)
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch.queries)
             return loss
-        loss = self._reconstruct(batch, "train") * share_of_mean(batch.count, self.device)
+        loss = self._reconstruct(batch, train=True)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         return loss
 
-    def _reconstruct(self, batch: ReconstructionBatch, split: str) -> Tensor:
+    def _reconstruct(self, batch: ReconstructionBatch, train: bool) -> Tensor:
+        """Loss of a batch; in training weighted so that the mean over ranks is that over all their hidden tokens."""
+        share = share_of_mean(batch.count, self.device) if train else 1.0
         if self.stage == "captioning":
-            return caption_loss(self.encoder, batch)
+            return caption_loss(self.encoder, batch) * share
         if self.stage == "reconstruction":
-            return bridge_loss(self.encoder, batch, self.bridge, self.form)
+            return bridge_loss(self.encoder, batch, self.bridge, self.form) * share
         text, image = warmup_losses(self.encoder, self.image_head, batch)
+        patches = 0 if batch.images is None else len(batch.images.targets)
+        image_share = share_of_mean(patches, self.device) if train and self.image_rate else 1.0
+        split = "train" if train else "val"
         values = {f"{split}/text_loss": text.detach(), f"{split}/image_loss": image.detach()}
-        self.log_dict(values, batch_size=len(batch), sync_dist=split != "train")
-        return joint_loss(text, image, self.image_weight)
+        self.log_dict(values, batch_size=len(batch), sync_dist=not train, add_dataloader_idx=False)
+        return joint_loss(text * share, image * image_share, self.image_weight)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if isinstance(batch, EncodeBatch):
@@ -235,10 +240,10 @@ class CoCoA(Method):
 
     def _bridge_values(self, batch: ReconstructionBatch) -> dict[str, Tensor]:
         """Loss, and in the second stage what the bridge token tells: the loss behind another row's content less it."""
-        true = self._reconstruct(batch, "val")
+        true = self._reconstruct(batch, train=False)
         if self.stage != "reconstruction":
             return {"val/loss": true}
-        other = true if batch.shuffled is None else self._reconstruct(batch.shuffled, "val")
+        other = true if batch.shuffled is None else self._reconstruct(batch.shuffled, train=False)
         shift = end_shift(self.encoder, batch, self.bridge, self.form)
         return {"val/loss": true, "val/loss_shuffled": other, "val/bridge_gap": other - true, "val/end_shift": shift}
 

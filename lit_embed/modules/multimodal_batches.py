@@ -1,6 +1,7 @@
 """Rows of multimodal data to batches: what each stage of CoCoA learns from, and items to encode."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -101,17 +102,15 @@ class WarmupCollator:
     def __call__(self, rows: Sequence[WarmupRow]) -> ReconstructionBatch:
         found = self.tokenizer.rows([row.item for row in rows], "passage")
         kept = [(made, row.seed) for made, row in zip(found, rows, strict=True) if made is not None]
-        tokens = self.tokenizer.pack([made for made, _ in kept])
+        # every row has its image to itself: what is hidden of it must not hang on the rows beside
+        tokens = self.tokenizer.pack([replace(made, image=copy(made.image)) for made, _ in kept])
         hiding, seeds = self.hiding, [seed for _, seed in kept]
         if hiding.text == 0:
             return ReconstructionBatch(tokens, caption_labels(tokens))
         tokens, labels = hide_tokens(tokens, hiding, seeds, self.tokenizer.tokenizer.pad_token_id)
         if hiding.image == 0 or tokens.pixels is None:
             return ReconstructionBatch(tokens, labels)
-        first: dict[int, int] = {}
-        for number, seed in zip(tokens.images, seeds, strict=True):
-            first.setdefault(number, seed)
-        image_seeds = [mix_seed(first[number], 1) for number in range(len(tokens.grids))]
+        image_seeds = [mix_seed(seed, 1) for number, seed in zip(tokens.images, seeds, strict=True) if number >= 0]
         grids = torch.tensor(tokens.grids)
         patches = hide_patches(tokens.pixels, grids, hiding.image, image_seeds, tokens.merge, hiding.shared_noise)
         images = HiddenImages(patches.hidden, patches.targets)
