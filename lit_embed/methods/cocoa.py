@@ -264,7 +264,10 @@ class CoCoA(Method):
         self._evaluate("test", "test")
 
     def predict_step(self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return {"kind": "items", "ids": [str(number) for number in batch.numbers], "vectors": self(batch)}
+        data: Any = vars(self.trainer)["datamodule"]
+        items = data.items("test")
+        names = ["\t".join(filter(None, reversed(items[number].key))) for number in batch.numbers]  # image, text
+        return {"kind": "items", "ids": names, "vectors": self(batch)}
 
     def _collect(self, batch: EncodeBatch) -> None:
         for number, vector in zip(batch.numbers, self(batch).float().cpu(), strict=True):
