@@ -186,12 +186,12 @@ def cache_name(model: nn.Module) -> str:
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers, the longest list of modules (in each tower of a vision-language model): units of sharding."""
+    """The repeated layers, the longest list of modules (in each tower, if there are two): the units of sharding."""
     inner = text_model(model)
     found: list[nn.Module] = []
     for part in towers(inner) if is_vision_language(inner.config) else [inner]:
         lists = [list(module) for module in part.modules() if isinstance(module, nn.ModuleList)]
-        found += max(lists, key=len, default=[])
+        found.extend(max(lists, key=len, default=[]))
     return found
 
 

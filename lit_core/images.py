@@ -151,7 +151,7 @@ def load_image_settings(backbone: str, trust_remote_code: bool = False) -> Image
 
 
 def resized(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
-    """Height and width of a prepared image: near its proportions, of whole vision tokens, within the bounds on the area.
+    """Height and width of a prepared image: whole vision tokens, near its proportions, within the bounds on the area.
 
     Raises:
         InputError: The image is too elongated.
