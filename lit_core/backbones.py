@@ -190,8 +190,9 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     inner = text_model(model)
     found: list[nn.Module] = []
     for part in towers(inner) if is_vision_language(inner.config) else [inner]:
-        lists = [list(module) for module in part.modules() if isinstance(module, nn.ModuleList)]
-        found.extend(max(lists, key=len, default=[]))
+        lists: list[list[nn.Module]] = [list(m) for m in part.modules() if isinstance(m, nn.ModuleList)]
+        if lists:
+            found.extend(max(lists, key=len))
     return found
 
 

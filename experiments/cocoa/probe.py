@@ -44,9 +44,9 @@ def _fit(vectors: Tensor, labels: Tensor, classes: int) -> torch.nn.Linear:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(layer(vectors), labels) + PENALTY * layer.weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return layer.requires_grad_(False)

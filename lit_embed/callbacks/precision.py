@@ -47,4 +47,3 @@ def _print(precision: Precision | None, part: str) -> None:
     for name, value in precision.metrics().items():
         table.add_row(name.removeprefix("p@1/"), f"{value:.4f}")
     Console().print(table)
-

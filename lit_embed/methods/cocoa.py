@@ -162,7 +162,7 @@ class CoCoA(Method):
         """
         wanted = "warmup" if self.stage == "captioning" else self.stage
         if stage != wanted:
-            raise InputError(f"must be {wanted} for the stage {self.stage} of the model, got {stage}", field="data.stage")
+            raise InputError(f"must be {wanted} for the model's stage {self.stage}, got {stage}", field="data.stage")
         tokenizer = self.encoder.item_tokenizer
         if self.stage == "contrastive":
             return ItemPairCollator(tokenizer)

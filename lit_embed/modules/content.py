@@ -169,9 +169,7 @@ def reconstruct(encoder: MultimodalEncoder, batch: ReconstructionBatch, bridge: 
     return found
 
 
-def _token_loss(
-    encoder: MultimodalEncoder, batch: ReconstructionBatch, states_of: Callable[[Chunk], Tensor]
-) -> Tensor:
+def _token_loss(encoder: MultimodalEncoder, batch: ReconstructionBatch, states_of: Callable[[Chunk], Tensor]) -> Tensor:
     """Mean cross-entropy of the labels, each predicted from the state before it; chunk by chunk, one head."""
     predicting, targets, idle = [], [], []
     for chunk in chunks_of(encoder, batch):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -147,7 +148,9 @@ class BridgeCollator:
             batch.shuffled = self._batch([made[number] for number in others], targets, seeds)
         return batch
 
-    def _batch(self, contexts: Sequence[Row], targets: Sequence[list[int]], seeds: Sequence[int]) -> ReconstructionBatch:
+    def _batch(
+        self, contexts: Sequence[Row], targets: Sequence[list[int]], seeds: Sequence[int]
+    ) -> ReconstructionBatch:
         most = self.tokenizer.max_tokens
         rows = [replace(row, ids=[*row.ids, *ids][:most]) for row, ids in zip(contexts, targets, strict=True)]
         tokens = self.tokenizer.pack(rows)
@@ -194,11 +197,12 @@ class ItemPairCollator:
                     column.setdefault(item.key, len(column))
         own = torch.zeros(len(kept), len(column), dtype=torch.bool)
         for number, (_, row) in enumerate(kept):
-            own[number, [column[i.key] for i in (row.positive, row.negative) if i is not None and i.key in column]] = True
+            drawn = [item.key for item in (row.positive, row.negative) if item is not None]
+            own[number, [column[key] for key in drawn if key in column]] = True
         keys = {key: document_key("\0".join(key)) for key in column}
         packed = [query for query, _ in kept] + [targets[key] for key in column]
         return PairBatch(
-            tokens=self.tokenizer.pack([row for row in packed if row is not None]),
+            tokens=cast(Any, self.tokenizer.pack([row for row in packed if row is not None])),  # ragged, as texts are
             queries=len(kept),
             targets=torch.tensor([column[row.positive.key] for _, row in kept]),
             passage_keys=torch.tensor([keys[key] for key in column]),

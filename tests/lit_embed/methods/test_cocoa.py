@@ -34,8 +34,13 @@ def sgd(params: Any) -> torch.optim.Optimizer:
 
 
 def build(stage: Any, **settings: Any) -> CoCoA:
-    common: dict[str, Any] = {"backbone": BACKBONES[0], "encoder": ENCODER, "schedule": Schedule("constant"),
-                              "optimizer": sgd, "temperature": 0.1}
+    common: dict[str, Any] = {
+        "backbone": BACKBONES[0],
+        "encoder": ENCODER,
+        "schedule": Schedule("constant"),
+        "optimizer": sgd,
+        "temperature": 0.1,
+    }
     module = CoCoA(stage=stage, **{**common, **settings})
     module.configure_model()
     return module.eval()
@@ -177,7 +182,8 @@ class SaveAt(Callback):
 
 def fit(module: CoCoA, folder: Path, steps: int, *callbacks: Callback, ckpt: Path | None = None) -> dict[str, Tensor]:
     trainer = Trainer(
-        accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_checkpointing=False, default_root_dir=folder,
+        accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_checkpointing=False,
+        default_root_dir=folder,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
         callbacks=[StepSeed(0), *callbacks], val_check_interval=2, check_val_every_n_epoch=None,
     )  # fmt: skip
@@ -208,7 +214,7 @@ def test_equal_targets_are_no_negatives() -> None:
     source = data(module)
     source.setup("fit")
     pairs = source.train_rows["classification"][:6]
-    rows = [ContrastiveRow(pair.query, pairs[n % 2].positive, None, "classification", n) for n, pair in enumerate(pairs)]
+    rows = [ContrastiveRow(pair.query, pairs[n % 2].positive, None, "", n) for n, pair in enumerate(pairs)]
     batch = module.multimodal_collator("contrastive", True)(rows)
     distinct = len({pair.positive.key for pair in pairs[:2]})
     assert len(batch.passage_keys) == distinct
@@ -239,5 +245,5 @@ def test_mistakes(settings: dict[str, Any], told: str) -> None:
 def test_a_bridge_that_tells_nothing_is_named() -> None:
     assert "bridge_gap is 0.010" in small_gap(0.01)
     module = build("reconstruction")
-    with pytest.raises(InputError, match="must be reconstruction for the stage reconstruction of the model"):
+    with pytest.raises(InputError, match="must be reconstruction for the model's stage reconstruction"):
         module.multimodal_collator("warmup", True)
