@@ -191,8 +191,8 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for part in towers(inner) if is_vision_language(inner.config) else [inner]:
         lists: list[list[nn.Module]] = [list(m) for m in part.modules() if isinstance(m, nn.ModuleList)]
-        if lists:
-            found.extend(max(lists, key=len))
+        longest = max((len(one) for one in lists), default=0)
+        found.extend(next((one for one in lists if len(one) == longest), []))
     return found
 
 
