@@ -15,6 +15,7 @@ from torch import nn
 from lit_core.errors import InputError
 from lit_core.files import read_json
 from lit_core.presets import PRESETS, is_preset, preset_config, preset_tokenizer
+from lit_core.vision import default_targets, is_vision_language, towers
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -31,8 +32,10 @@ class Lora:
         alpha: The update is scaled by ``alpha / r``.
         dropout: Dropout probability before the adapter.
         targets: Names of the linear layers that get an adapter, matched at the end of the module's path; empty takes
-            every linear layer but the language-model head.
+            every linear layer but the language-model head, and in a vision-language model those of attention and MLPs
+            (:func:`lit_core.vision.default_targets`).
         dora: Weight-decomposed adapters (DoRA).
+        gaussian: Draw the adapters' first matrix from a normal distribution, not uniformly; the second is zero.
     """
 
     r: int = 0
@@ -40,6 +43,7 @@ class Lora:
     dropout: float = 0.1
     targets: list[str] = field(default_factory=list)
     dora: bool = False
+    gaussian: bool = False
 
 
 @dataclass
@@ -79,7 +83,7 @@ def load_tokenizer(backbone: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(backbone)
-    base = None if (folder / "tokenizer.json").is_file() else _adapter_base(backbone)  # an export has its own
+    base = None if (folder / "tokenizer.json").is_file() else adapter_base(backbone)  # an export has its own
     source = base or backbone
     tokenizer = _load(lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code), backbone)
     if not tokenizer.is_fast:
@@ -103,7 +107,8 @@ def load_backbone(
 
     Args:
         backbone: Preset name, local folder (of a model, or of a peft adapter, which is merged), or hub id.
-        task: ``encoder`` gives token states, ``causal_lm`` also a language-model head.
+        task: ``encoder`` gives token states, ``causal_lm`` also a language-model head; a vision-language model comes
+            with both its towers.
         config: How to load.
         lora: Adapters to add; rank 0 or None adds none.
         quantization: Load the linear layers in 8 or 4 bits (bitsandbytes); then only adapters can be trained. An
@@ -147,13 +152,15 @@ def add_adapter(model: Any, lora: Lora, task: Task) -> nn.Module:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise InputError(f"LoRA target '{target}' matches no module; this backbone has {', '.join(linear)}")
     pooling = [name for name in names if ".pooler." in f".{name}."]  # gives no token states
+    everywhere = default_targets(model) if is_vision_language(unwrap(model).config) else "all-linear"
     settings = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.targets or "all-linear",
+        target_modules=lora.targets or everywhere,
         exclude_modules=pooling or None,
         use_dora=lora.dora,
+        init_lora_weights="gaussian" if lora.gaussian else True,
         task_type={"encoder": "FEATURE_EXTRACTION", "causal_lm": "CAUSAL_LM"}[task],
     )
     with _peft_warnings():
@@ -179,9 +186,14 @@ def cache_name(model: nn.Module) -> str:
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers, the longest list of modules: the unit of sharding."""
-    lists = [list(module) for module in text_model(model).modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=[])
+    """The repeated layers, the longest list of modules (in each tower, if there are two): the units of sharding."""
+    inner = text_model(model)
+    found: list[nn.Module] = []
+    for part in towers(inner) if is_vision_language(inner.config) else [inner]:
+        lists: list[list[nn.Module]] = [list(m) for m in part.modules() if isinstance(m, nn.ModuleList)]
+        longest = max((len(one) for one in lists), default=0)
+        found.extend(next((one for one in lists if len(one) == longest), []))
+    return found
 
 
 @contextmanager
@@ -197,20 +209,31 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)  # bitsandbytes' layers derive from it
 
 
-def _model_class(task: Task) -> Any:
-    from transformers import AutoModel, AutoModelForCausalLM
+def _model_class(task: Task, config: Any) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return {"encoder": AutoModel, "causal_lm": AutoModelForCausalLM}[task]
+    if task == "encoder":
+        return AutoModel
+    return AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
+
+
+def _from_pretrained(source: str, task: Task, kwargs: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    settings = AutoConfig.from_pretrained(source, trust_remote_code=kwargs["trust_remote_code"])
+    return _model_class(task, settings).from_pretrained(source, **kwargs)
 
 
 def _preset(backbone: str, task: Task, config: BackboneConfig, quantization: Quantization | None) -> Any:
     settings = preset_config(backbone)
     if config.init_std is not None:
-        settings.initializer_range = config.init_std
+        settings.get_text_config().initializer_range = config.init_std
+        if is_vision_language(settings):
+            settings.vision_config.initializer_range = config.init_std
     with torch.random.fork_rng(devices=[]):  # the same weights in every process, whatever was drawn before
         torch.manual_seed(config.seed)
         try:
-            model = _model_class(task).from_config(settings, attn_implementation=config.attention)
+            model = _model_class(task, settings).from_config(settings, attn_implementation=config.attention)
         except ValueError as error:
             raise InputError(f"preset '{backbone}' cannot be built as {task}: {error}") from None
     if quantization is not None:  # transformers quantises while it reads a checkpoint
@@ -226,7 +249,7 @@ def _preset(backbone: str, task: Task, config: BackboneConfig, quantization: Qua
 
 
 def _pretrained(backbone: str, task: Task, config: BackboneConfig, quantization: Quantization | None) -> Any:
-    base = _adapter_base(backbone)
+    base = adapter_base(backbone)
     kwargs: dict[str, Any] = {
         "dtype": config.dtype,
         "attn_implementation": config.attention,
@@ -235,8 +258,7 @@ def _pretrained(backbone: str, task: Task, config: BackboneConfig, quantization:
     if quantization is not None and not _is_quantised(Path(base or backbone)):
         kwargs["quantization_config"] = _quantization(quantization, config)
     whole = task == "causal_lm" or (base is not None and _adapts_language_model(backbone))
-    model_class = _model_class("causal_lm" if whole else task)
-    model = _load(lambda: model_class.from_pretrained(base or backbone, **kwargs), backbone)
+    model = _load(lambda: _from_pretrained(base or backbone, "causal_lm" if whole else task, kwargs), backbone)
     if quantization is not None:
         from peft import prepare_model_for_kbit_training
 
@@ -280,7 +302,7 @@ def _quantization(quantization: Quantization, config: BackboneConfig) -> Any:
     )
 
 
-def _adapter_base(backbone: str) -> str | None:
+def adapter_base(backbone: str) -> str | None:
     """Base model of a folder that holds only a peft adapter."""
     folder = Path(backbone)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():

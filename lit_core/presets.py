@@ -1,18 +1,22 @@
 """Tiny presets: real Hugging Face architectures at small sizes with a committed tokenizer, all offline.
 
-``tiny-qwen3``, ``nano-qwen3``, ``tiny-llama`` and ``tiny-bert`` ship no weights; the caller initialises them from a
-fixed seed. All read text with one byte-level vocabulary (``nano-qwen3`` with its first quarter), so ordinary text has
-the same ids everywhere and any UTF-8 text survives a round trip (one leading space excepted, see below); only the
-special tokens, at the end of the vocabulary, differ:
+They ship no weights; the caller initialises them from a fixed seed. All read text with one byte-level vocabulary
+(``nano-qwen3`` with its first quarter), so ordinary text has the same ids everywhere and any UTF-8 text survives a
+round trip (one leading space excepted, see below); only the special tokens, at the end of the vocabulary, differ:
 
-============ ====================== ============== ================= ====================
-preset       a text becomes         end (eos)      padding           others
-============ ====================== ============== ================= ====================
-tiny-qwen3   ``text``               ``<|im_end|>`` ``<|endoftext|>`` ``<|im_start|>``
-nano-qwen3   ``text``               ``<|im_end|>`` ``<|endoftext|>`` ``<|im_start|>``
-tiny-llama   ``<s> text``           ``</s>``       ``<pad>``         ``<unk>``
-tiny-bert    ``[CLS] text [SEP]``   ``[SEP]``      ``[PAD]``         ``[MASK] [UNK]``
-============ ====================== ============== ================= ====================
+=============== ====================== ============== ================= ======================================
+preset          a text becomes         end (eos)      padding           others
+=============== ====================== ============== ================= ======================================
+tiny-qwen3      ``text``               ``<|im_end|>`` ``<|endoftext|>`` ``<|im_start|>``
+nano-qwen3      ``text``               ``<|im_end|>`` ``<|endoftext|>`` ``<|im_start|>``
+tiny-llama      ``<s> text``           ``</s>``       ``<pad>``         ``<unk>``
+tiny-bert       ``[CLS] text [SEP]``   ``[SEP]``      ``[PAD]``         ``[MASK] [UNK]``
+tiny-qwen2-vl   ``text``               ``<|im_end|>`` ``<|endoftext|>`` ``<|im_start|>``, ``<mask>`` and vision's
+tiny-qwen2_5-vl ``text``               ``<|im_end|>`` ``<|endoftext|>`` ``<|im_start|>``, ``<mask>`` and vision's
+=============== ====================== ============== ================= ======================================
+
+The last two also read images, as 4 to 64 tokens between ``<|vision_start|>`` and ``<|vision_end|>``
+(:func:`preset_images`).
 
 A missing space before the first word is supplied (and taken away again in decoding), so that the first word has the
 same token as elsewhere; so is one after a special token. Digits are tokens of their own.
@@ -20,6 +24,7 @@ same token as elsewhere; so is one after a special token. Digits are tokens of t
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -50,6 +55,7 @@ class Preset:
         roles: Special tokens by the tokenizer's role, in the order of their ids.
         extra: Further special tokens, after those.
         template: Post-processing of one text and of a pair, in the notation of ``tokenizers``.
+        vision: Arguments of the vision tower's configuration; ``sizes`` are then those of the language model.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Preset:
     roles: dict[str, str]
     extra: tuple[str, ...] = ()
     template: tuple[str, str] | None = None
+    vision: dict[str, Any] | None = None
     special_tokens: tuple[str, ...] = field(init=False)
 
     @property
@@ -94,6 +101,24 @@ _ENCODER = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": MAX_POSITIONS,
+}
+_READER = {  # of images and text
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_POSITIONS,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 4, 4]},
+    "tie_word_embeddings": True,
+}
+_TOWER = {"depth": 2, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+_READER_ROLES = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "mask_token": "<mask>"}
+VISION_TOKENS = {  # fields of the configuration
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
 }
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -133,6 +158,29 @@ PRESETS: dict[str, Preset] = {
             },
             template=("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
         ),
+        Preset(
+            "tiny-qwen2-vl",
+            "Qwen2VLConfig",
+            _READER,
+            _READER_ROLES,
+            extra=("<|im_start|>", *VISION_TOKENS.values()),
+            vision={**_TOWER, "embed_dim": 64, "mlp_ratio": 2, "hidden_size": 96},
+        ),
+        Preset(
+            "tiny-qwen2_5-vl",
+            "Qwen2_5_VLConfig",
+            _READER,
+            _READER_ROLES,
+            extra=("<|im_start|>", *VISION_TOKENS.values()),
+            vision={
+                **_TOWER,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "out_hidden_size": 96,
+                "window_size": 56,  # pixels: the first block attends within 2 x 2 merged patches, the second everywhere
+                "fullatt_block_indexes": [1],
+            },
+        ),
     )
 }
 
@@ -153,7 +201,8 @@ def preset_config(name: str, **overrides: Any) -> "PreTrainedConfig":
 
     Args:
         name: A key of ``PRESETS``.
-        **overrides: Fields of the configuration class to set otherwise, e.g. ``num_hidden_layers=2``.
+        **overrides: Fields of the configuration class to set otherwise, e.g. ``num_hidden_layers=2``; of a
+            vision-language model, fields of its language model.
 
     Raises:
         InputError: The preset, or an overridden field, does not exist.
@@ -166,10 +215,33 @@ def preset_config(name: str, **overrides: Any) -> "PreTrainedConfig":
     ids = {token: first + row for row, token in enumerate(preset.special_tokens)}
     special = {f"{role}_id": ids.get(preset.roles.get(role, "")) for role in ("pad_token", "bos_token", "eos_token")}
     values = {"vocab_size": VOCAB_SIZE, **preset.sizes, **special}
-    known = config_class().to_dict().keys() | values.keys()
+    known = config_class().get_text_config().to_dict().keys() | values.keys()
     if unknown := sorted(overrides.keys() - known):
         raise InputError(f"{preset.config_class} has no field '{unknown[0]}'", field=unknown[0])
-    return config_class(**{**values, **overrides})
+    values |= overrides
+    if preset.vision is None:
+        return config_class(**values)
+    tokens = {name: ids[token] for name, token in VISION_TOKENS.items()}
+    tied = {"tie_word_embeddings": values["tie_word_embeddings"]}
+    return config_class(text_config=deepcopy(values), vision_config=deepcopy(preset.vision), **tokens, **tied)
+
+
+def preset_images(name: str) -> dict[str, Any]:
+    """How a preset's images are prepared, in the form of ``preprocessor_config.json``; empty if it reads none.
+
+    Raises:
+        InputError: The preset does not exist.
+    """
+    vision = _preset(name).vision
+    if vision is None:
+        return {}
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": vision["patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "size": {"shortest_edge": 56 * 56, "longest_edge": 64 * 28 * 28},  # pixels of the whole image
+    }
 
 
 def preset_tokenizer(name: str) -> "PreTrainedTokenizerFast":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from lit_core.errors import InputError
 
@@ -86,4 +86,4 @@ class Item:
     def parts(self) -> tuple[str, str]:
         """Text before and behind the image; all of it is behind where there is no marker."""
         before, found, behind = self.text.partition(MARKER)
-        return cast(tuple[str, str], (before, behind) if found else ("", self.text))
+        return (before, behind) if found else ("", self.text)

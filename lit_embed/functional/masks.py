@@ -5,8 +5,14 @@ and nothing else, so that no row is without a key (softmax over nothing is NaN o
 the kernel), and no other row sees it.
 """
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
+
+from lit_core.errors import InputError
+
+Bridge = Literal["collaborative", "strict", "one_way"]
 
 
 def causal(valid: Tensor, end_index: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,12 +51,67 @@ def attention_stop(valid: Tensor, end_index: Tensor, dtype: torch.dtype = torch.
     Raises:
         ValueError: ``end_index`` does not hold one position a row.
     """
+    rows, columns = _around(end_index, valid)
+    return _additive(_past(valid) & ~((rows > 0) & (columns < 0)), valid, dtype)
+
+
+def collaborative(valid: Tensor, end_index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Two blocks that meet in one token, which reads both (CoCoA, figure; card section 2.2).
+
+    The tokens before the end token see each other and it; the tokens behind it likewise; the end token sees every
+    token. From the second layer on the first block thus depends on the second, through the end token.
+
+    Args:
+        valid: Bool ``(B, L)``, True = token, False = padding, on any side or between the blocks.
+        end_index: Long ``(B,)``, position of the end token (the bridge) in each row.
+        dtype: Floating dtype of the mask, the model's dtype.
+
+    Returns:
+        Additive mask ``(B, 1, L, L)``.
+
+    Raises:
+        ValueError: ``end_index`` does not hold one position a row.
+    """
+    rows, columns = _around(end_index, valid)
+    allowed = (rows == 0) | ((rows < 0) & (columns <= 0)) | ((rows > 0) & (columns >= 0))
+    return _additive(allowed, valid, dtype)
+
+
+def strict(valid: Tensor, end_index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As :func:`collaborative`, but the end token sees only itself and what stands before it.
+
+    The first block and the end token are then blind to the second block in every layer.
+    """
+    rows, columns = _around(end_index, valid)
+    allowed = ((rows <= 0) & (columns <= 0)) | ((rows > 0) & (columns >= 0))
+    return _additive(allowed, valid, dtype)
+
+
+def one_way(valid: Tensor, end_index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As :func:`strict`, and the tokens before the end token do not see it either; it only collects."""
+    rows, columns = _around(end_index, valid)
+    allowed = ((rows < 0) & (columns < 0)) | ((rows == 0) & (columns <= 0)) | ((rows > 0) & (columns >= 0))
+    return _additive(allowed, valid, dtype)
+
+
+def bridge_mask(bridge: Bridge, valid: Tensor, end_index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The mask of that name; arguments and result as in :func:`collaborative`.
+
+    Raises:
+        InputError: There is no such bridge.
+    """
+    masks = {"collaborative": collaborative, "strict": strict, "one_way": one_way}
+    if bridge not in masks:
+        raise InputError(f"bridge must be one of {', '.join(get_args(Bridge))}, got {bridge!r}")
+    return masks[bridge](valid, end_index, dtype)
+
+
+def _around(end_index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Place of rows ``(B, L, 1)`` and columns ``(B, 1, L)`` relative to the end token: below 0 in front of it."""
     if end_index.shape != valid.shape[:1]:
         raise ValueError(f"end_index must have shape ({len(valid)},), got {tuple(end_index.shape)}")
-    position = torch.arange(valid.shape[1], device=valid.device)
-    after = position > end_index[:, None]  # (B, L) rows behind the end token
-    before = position < end_index[:, None]  # (B, L) columns in front of it
-    return _additive(_past(valid) & ~(after[:, :, None] & before[:, None, :]), valid, dtype)
+    place = torch.arange(valid.shape[1], device=valid.device) - end_index[:, None]
+    return place[:, :, None], place[:, None, :]
 
 
 def _past(valid: Tensor) -> Tensor:

@@ -14,15 +14,17 @@ from lit_core.errors import InputError
 from lit_core.files import read_json
 from lit_core.packed import packed_linears
 from lit_core.progress import track
-from lit_core.tokens import Tokens, plan_chunks, plan_equal_chunks
+from lit_core.tokens import Tokens
 from lit_embed.functional.pooling import Pooling, finish, pool
+from lit_embed.modules.chunks import CPU_CHUNK_TOKENS as CPU_CHUNK_TOKENS  # others import them from here
+from lit_embed.modules.chunks import GPU_CHUNK_TOKENS as GPU_CHUNK_TOKENS
+from lit_embed.modules.chunks import ChunkedEncoder
 from lit_embed.modules.tokenization import EncoderConfig, Kind, TextTokenizer
 
 DEFAULT_LENGTH = 512  # tokens, where neither the user, the folder nor the tokenizer says less
-CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 32768
 
 
-class Encoder(nn.Module):
+class Encoder(ChunkedEncoder[Tokens]):
     """A bi-encoder's one tower.
 
     The tokenizer's post-processor is rewritten so that the suffix and the end token are its own: truncation then keeps
@@ -41,7 +43,6 @@ class Encoder(nn.Module):
         self.text_tokenizer = TextTokenizer(tokenizer, config)
         self.tokenizer = self.text_tokenizer.tokenizer
         self.causal = is_causal(model)
-        self.equal_chunks = False  # sharded models: every rank must run the same number of forward passes
 
     @property
     def embedding_dimension(self) -> int:
@@ -51,28 +52,6 @@ class Encoder(nn.Module):
     def tokenize(self, texts: Sequence[str], kind: Kind) -> Tokens:
         """Token ids of texts with prompt, suffix and end token, truncated before the suffix."""
         return self.text_tokenizer(texts, kind)
-
-    def forward(self, tokens: Tokens) -> Tensor:
-        """Vectors ``(N, D)``, float32, in the order of the texts; the backbone runs over length-sorted chunks."""
-        chunks, idle = self.plan(tokens)
-        vectors = self.in_order([self.encode_chunk(tokens, rows) for rows in chunks], chunks)
-        for rows in idle:
-            vectors = vectors + self.encode_chunk(tokens, rows).sum() * 0
-        return vectors
-
-    def plan(self, tokens: Tokens) -> tuple[list[list[int]], list[list[int]]]:
-        """Rows of each forward pass, and idle passes of weight zero, which sharded models alone have."""
-        budget = self.config.chunk_tokens or (CPU_CHUNK_TOKENS if tokens.ids.device.type == "cpu" else GPU_CHUNK_TOKENS)
-        if self.equal_chunks:
-            return plan_equal_chunks(tokens.lengths, budget, tokens.ids.device)
-        return plan_chunks(tokens.lengths, budget), []
-
-    @staticmethod
-    def in_order(parts: list[Tensor], chunks: list[list[int]]) -> Tensor:
-        """The chunks' vectors in the order of the texts."""
-        stacked = torch.cat(parts)
-        order = torch.tensor([row for rows in chunks for row in rows], device=stacked.device)
-        return torch.empty_like(stacked).index_copy(0, order, stacked)
 
     def encode_chunk(self, tokens: Tokens, rows: Sequence[int]) -> Tensor:
         """Vectors of some of the texts in one padded forward pass."""

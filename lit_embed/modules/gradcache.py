@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lit_core.tokens import Tokens
-from lit_embed.modules.encoder import Encoder
+from lit_embed.modules.chunks import Batch, ChunkedEncoder
 
 
 class _RandomState:
@@ -24,8 +23,8 @@ class _RandomState:
 
 
 def cached_backward(
-    encoder: Encoder,
-    tokens: Tokens,
+    encoder: ChunkedEncoder[Batch],
+    tokens: Batch,
     loss_of: Callable[[Tensor], Tensor],
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
 ) -> Tensor:

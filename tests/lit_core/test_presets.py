@@ -2,10 +2,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from lit_core.errors import InputError
-from lit_core.presets import MAX_LENGTH, PRESETS, VOCAB_SIZE, is_preset, merges, preset_config, preset_tokenizer
+from lit_core.presets import (
+    MAX_LENGTH,
+    PRESETS,
+    VISION_TOKENS,
+    VOCAB_SIZE,
+    is_preset,
+    merges,
+    preset_config,
+    preset_images,
+    preset_tokenizer,
+)
 
 NAMES = list(PRESETS)
 TEXTS = ["plain words", "", "naïve café 日本語 🤗 e\u0301", "\x00\x7f\ttabs\r\nlines  two", "x = ½² + 1234_5", "A" * 50]
@@ -28,8 +38,8 @@ def test_any_text_survives_a_round_trip(name: str) -> None:
 def test_ordinary_text_has_the_same_ids_in_every_preset() -> None:
     large = [name for name in NAMES if PRESETS[name].vocab_size == VOCAB_SIZE]
     ids = [preset_tokenizer(name).encode("the same words", add_special_tokens=False) for name in large]
-    assert len(large) == 3
-    assert ids[0] == ids[1] == ids[2]
+    assert len(large) == 5
+    assert all(row == ids[0] for row in ids)
     first, again = preset_tokenizer("tiny-qwen3").encode("vessel vessel")
     assert first == again
 
@@ -40,10 +50,12 @@ def test_ordinary_text_has_the_same_ids_in_every_preset() -> None:
         ("tiny-qwen3", ["Ġthe", "Ġ", "4", "2"], "<|endoftext|>", "<|im_end|>"),
         ("tiny-llama", ["<s>", "Ġthe", "Ġ", "4", "2"], "<pad>", "</s>"),
         ("tiny-bert", ["[CLS]", "Ġthe", "Ġ", "4", "2", "[SEP]"], "[PAD]", "[SEP]"),
+        ("tiny-qwen2-vl", ["Ġthe", "Ġ", "4", "2"], "<|endoftext|>", "<|im_end|>"),
+        ("tiny-qwen2_5-vl", ["Ġthe", "Ġ", "4", "2"], "<|endoftext|>", "<|im_end|>"),
     ],
 )
 def test_special_tokens(name: str, tokens: list[str], pad: str, eos: str) -> None:
-    tokenizer, config = preset_tokenizer(name), preset_config(name)
+    tokenizer, config = preset_tokenizer(name), preset_config(name).get_text_config()
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("the 42")) == tokens
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side) == (pad, eos, "right")
     assert tokenizer.pad_token_id == config.pad_token_id != tokenizer.eos_token_id == config.eos_token_id
@@ -77,7 +89,7 @@ def test_saved_folder_loads_with_equal_ids(name: str, tmp_path: Path, monkeypatc
         assert loaded.special_tokens_map == tokenizer.special_tokens_map
         assert (loaded.model_max_length, loaded.padding_side) == (MAX_LENGTH, "right")
         assert loaded.encode("<|im_start|>a") == tokenizer.encode("<|im_start|>a")
-    assert AutoConfig.from_pretrained(tmp_path / "both").num_hidden_layers == 1
+    assert AutoConfig.from_pretrained(tmp_path / "both").get_text_config().num_hidden_layers == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,12 +99,36 @@ def test_models_run(name: str) -> None:
     batch = tokenizer(["one text", "a rather longer text"], padding=True, return_tensors="pt")
     rows, length = batch["input_ids"].shape
     states = AutoModel.from_config(config)(**batch).last_hidden_state
-    assert states.shape == (rows, length, config.hidden_size)
+    text = config.get_text_config()
+    assert states.shape == (rows, length, text.hidden_size)
     assert states.isfinite().all()
     if name != "tiny-bert":
-        model = AutoModelForCausalLM.from_config(config)
-        assert model(**batch).logits.shape == (rows, length, config.vocab_size)
+        head = AutoModelForCausalLM if PRESETS[name].vision is None else AutoModelForImageTextToText
+        model = head.from_config(config)
+        assert model(**batch).logits.shape == (rows, length, text.vocab_size)
         assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-qwen2_5-vl"])
+def test_presets_that_read_images_know_their_special_tokens(name: str) -> None:
+    tokenizer, config = preset_tokenizer(name), preset_config(name)
+    assert (tokenizer.mask_token, len(tokenizer)) == ("<mask>", VOCAB_SIZE)
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id}) == 3
+    for field, token in VISION_TOKENS.items():
+        assert tokenizer.encode(f"a{token}", add_special_tokens=False)[-1] == getattr(config, field)
+    assert preset_images(name)["size"] == {"shortest_edge": 3136, "longest_edge": 50176}
+    assert preset_images("tiny-qwen3") == {}
+    head = config.get_text_config().hidden_size // config.get_text_config().num_attention_heads
+    assert sum(config.get_text_config().rope_parameters["mrope_section"]) == head // 2
+
+
+def test_overrides_go_to_the_language_model() -> None:
+    small = preset_config("tiny-qwen2-vl", num_hidden_layers=2, tie_word_embeddings=False)
+    plain = preset_config("tiny-qwen2-vl")
+    assert (small.text_config.num_hidden_layers, small.tie_word_embeddings) == (2, False)
+    assert (plain.text_config.num_hidden_layers, plain.tie_word_embeddings) == (3, True)
+    with pytest.raises(InputError, match="Qwen2VLConfig has no field 'depth'"):
+        preset_config("tiny-qwen2-vl", depth=3)
 
 
 def test_each_call_gives_its_own_tokenizer() -> None:

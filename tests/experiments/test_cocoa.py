@@ -1,0 +1,116 @@
+"""The experiment of CoCoA: its configurations, its arms at the smallest scale, photographs, its mistakes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments.cocoa import SPEC
+from experiments.cocoa.__main__ import main as cocoa
+from experiments.cocoa.arms import build
+from experiments.cocoa.probe import linear_probe
+from lit_core.setting import Setting
+
+SMOKE = ["--scale", "smoke", "--trainer.enable_progress_bar=false"]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lightning 2.6 calls what jsonargparse 5 drops
+
+
+@pytest.mark.parametrize("scale", ["smoke", "tiny", "paper"])
+@pytest.mark.parametrize("stage", SPEC.stages)
+def test_every_configuration_parses_and_prints(capsys: pytest.CaptureFixture[str], scale: str, stage: str) -> None:
+    flags = ["--stage", stage] if scale != "paper" else ["--stage", stage, "--data.path", str(Path(__file__).parent)]
+    with pytest.raises(SystemExit) as stop:
+        cocoa(["fit", "--scale", scale, *flags, "--print_config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert ("Qwen/Qwen2-VL" in printed) == (scale == "paper")
+    assert f"stage: {stage}" in printed
+
+
+def test_the_experiment_builds() -> None:
+    experiment = build(Setting(SPEC, "tiny", ()))
+    main = {arm.name for arm in experiment.arms if arm.main}
+    assert {"captions", "warm", "bridge", "causal", "bidirectional", "equal", "warm_only", "cocoa"} <= main
+    assert {"cold", "strict", "one_way", "cocoa_tenth", "strict_tenth"} <= {arm.name for arm in experiment.arms}
+
+
+@pytest.mark.slow
+def test_its_arms_end_with_a_report_and_pictures(tmp_path: Path) -> None:
+    args = [*SMOKE, "--seeds", "0", "--jobs", "1", "--arms", "cocoa", "causal", "--runs_dir", str(tmp_path)]
+    assert cocoa(args) == 0
+    folder = tmp_path / "cocoa"
+    report = json.loads((folder / "report.json").read_text())
+    found = {arm["name"]: arm["metrics"] for arm in report["arms"]}
+    assert set(found) == {"captions", "warm", "bridge", "cocoa", "causal"}
+    assert {"bridge_gap", "end_shift", "probe"} <= set(found["bridge"])
+    assert {"p@1", "p@1/ind", "p@1/ood", "p@1/group/vqa"} <= set(found["cocoa"])
+    for name in ("Retrieved_by_CoCoA", "Reconstructed_words", "Attributes_by_a_linear_probe"):
+        assert (folder / f"{name}.png").stat().st_size > 5000, name
+    words = json.loads((folder / "bridge" / "seed0" / "words.json").read_text())
+    assert len(words) == 5
+    assert all(row["shown"].count("□") >= 1 for row in words)
+
+
+@pytest.mark.slow
+def test_one_command_runs_all_stages_and_the_export_reads_photographs(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cocoa(["fit", *SMOKE, "--trainer.default_root_dir", str(run)]) == 0
+    for stage in SPEC.stages:
+        assert (run / stage / "last.ckpt").is_file()
+    results = json.loads((run / "contrastive" / "results.json").read_text())
+    assert 0 <= results["metrics"]["p@1"] <= 1
+    export = tmp_path / "export"
+    assert cocoa(["export", "--ckpt_path", str(run / "contrastive" / "last.ckpt"), "--output", str(export)]) == 0
+    images = pytest.importorskip("sklearn.datasets", reason="scikit-learn carries the photographs")
+    from PIL import Image
+
+    (tmp_path / "eval" / "photos").mkdir(parents=True)
+    names = []
+    for name, pixels in zip(("china.png", "flower.png"), images.load_sample_images().images, strict=True):
+        Image.fromarray(pixels).resize((112, 84)).save(tmp_path / "eval" / name)
+        names.append(name)
+    rows = [
+        {"qry_text": "<|image_1|> What is shown?", "qry_img_path": name, "tgt_text": texts, "tgt_img_path": ["", ""]}
+        for name, texts in zip(names, (["a temple", "a flower"], ["a flower", "a temple"]), strict=True)
+    ]
+    (tmp_path / "eval" / "photos" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["--data.path", str(tmp_path / "eval"), "--data.eval_path", str(tmp_path / "eval")]
+    out = tmp_path / "out"
+    common = [*SMOKE, *data, "--trainer.default_root_dir", str(out), "--model.backbone", str(export)]
+    assert cocoa(["predict", *common]) == 0
+    vectors = load_file(out / "items.safetensors")["vectors"]
+    ids = json.loads((out / "items.ids.json").read_text())
+    assert len(vectors) == len(ids) == 4
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(4))
+    assert any("china.png" in name for name in ids)
+    assert cocoa(["test", *common]) == 0
+    assert "p@1/photos" in json.loads((out / "results.json").read_text())["metrics"]
+
+
+def test_a_linear_probe_reads_what_is_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(300, 8, generator=generator)
+    labels: list[dict[str, Any]] = [{"sign": int(row[0] > 0), "noise": n % 3} for n, row in enumerate(vectors)]
+    found = linear_probe(vectors[:200], labels[:200], vectors[200:], labels[200:])
+    assert found["sign"] > 0.9
+    assert found["noise"] < 0.55
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--model.target_rate=0", "--stage", "reconstruction"], "target_rate': is a share, above 0 to 1"),
+        (["--model.form=two_pass", "--stage", "reconstruction"], "form': form two_pass needs bridge strict or one_way"),
+        (["--data.path=nowhere", "--stage", "warmup"], "nowhere"),
+        (["--model.backbone=tiny-qwen3", "--stage", "contrastive"], "images need one of qwen2_vl"),
+        (["--data.stage=warmup", "--stage", "reconstruction"], "data.stage': must be reconstruction"),
+    ],
+)
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], told: str) -> None:
+    assert cocoa(["fit", *SMOKE, "--trainer.default_root_dir", str(tmp_path), *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert told in error
