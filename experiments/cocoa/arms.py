@@ -167,7 +167,8 @@ def _stage(setting: Setting, context: ArmContext, stage: str, before: str | None
             print(f"{context.arm} seed {context.seed}: {small_gap(metrics['bridge_gap'])}", flush=True)
         rows = cli.datamodule.val_dataloader()[-1].dataset
         with module.encoder_in_evaluation():
-            write_reconstructions(context.folder, module, [rows[0, number, number] for number in range(SHOWN)])
+            chosen = [number * (len(rows) - 1) // (SHOWN - 1) for number in range(SHOWN)]
+            write_reconstructions(context.folder, module, [rows[0, number, number] for number in chosen])
     folder = exported(cli, context.folder / "export")
     if cli.datamodule.path == "scenes":
         metrics |= _probe(context, folder, cli)
