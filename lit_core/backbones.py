@@ -191,7 +191,8 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for part in towers(inner) if is_vision_language(inner.config) else [inner]:
         lists = [list(module) for module in part.modules() if isinstance(module, nn.ModuleList)]
-        found.extend(max(lists, key=len, default=[]))
+        longest: list[nn.Module] = max(lists, key=len, default=[])
+        found += longest
     return found
 
 
