@@ -190,9 +190,9 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     inner = text_model(model)
     found: list[nn.Module] = []
     for part in towers(inner) if is_vision_language(inner.config) else [inner]:
-        lists: list[list[nn.Module]] = [list(m) for m in part.modules() if isinstance(m, nn.ModuleList)]
-        longest = max((len(one) for one in lists), default=0)
-        found.extend(next((one for one in lists if len(one) == longest), []))
+        lists = [list(module) for module in part.modules() if isinstance(module, nn.ModuleList)]
+        longest: list[nn.Module] = max(lists, key=len, default=[])
+        found += longest
     return found
 
 

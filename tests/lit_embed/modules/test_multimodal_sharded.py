@@ -20,7 +20,7 @@ def test_ranks_with_and_without_images_get_the_vectors_and_gradients_of_one_proc
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker.__file__, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-5000:]
     ranks = [torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (0, 1)]

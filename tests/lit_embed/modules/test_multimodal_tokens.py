@@ -87,6 +87,10 @@ def test_moving_keeps_everything() -> None:
     moved = tokens.to("meta")
     assert (moved.ids.device.type, moved.pixels is not None and moved.pixels.device.type) == ("meta", "meta")
     assert moved.lengths == tokens.lengths
+    for left in (False, True):  # nothing is left on the host
+        padded = moved.select([1, 2, 4]).pad([0, 1, 2], 0, left)
+        tensors = [value for value in vars(padded).values() if isinstance(value, torch.Tensor)]
+        assert [tensor.device.type for tensor in tensors] == ["meta"] * 6
     _check(tokens.to("cpu"), [1, 2], ROWS[1:3])
     assert MultimodalTokens.from_rows(ROWS[:1], 2).to("cpu").pixels is None
 
