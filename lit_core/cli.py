@@ -214,7 +214,7 @@ usage: python -m experiments.{spec.name} [verb] [flags]
   export --ckpt_path FILE --output DIR [--form merged|adapter]
 
 flags of fit, validate, test, predict (see `fit --help` for all):
-  --model.backbone ID    preset (tiny-qwen3, nano-qwen3, tiny-llama, tiny-bert), local folder, or hub id
+  --model.backbone ID    preset (tiny-qwen3, nano-qwen3, tiny-llama, tiny-bert, tiny-qwen2-vl), local folder, or hub id
   --model.lora.r 16      adapters        --model.quantization nf4|int8
   --data.path PATH       the built-in data, a folder, a JSONL file, or a Hugging Face dataset id
   --trainer.max_steps N  --trainer.devices N  --trainer.strategy ddp
