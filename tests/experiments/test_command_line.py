@@ -189,4 +189,4 @@ def test_a_sharded_checkpoint_brings_its_settings_along(tmp_path: Path) -> None:
     torch.save({name: value for name, value in saved.items() if name != "state_dict"}, folder / "meta.pt")
     args = ["validate", *SMALL[2:], "--ckpt_path", str(folder)]
     cli = ExperimentCLI(SPEC, args, SPEC.configs("smoke"), tmp_path / "other", quiet=True, execute=False)
-    assert (cli.model.symmetric, cli.model.temperature) == (True, 0.3)
+    assert (cli.model.loss.symmetric, cli.model.loss.temperature) == (True, 0.3)

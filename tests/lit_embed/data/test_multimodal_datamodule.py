@@ -112,7 +112,7 @@ def test_the_warm_up_has_pictures_with_captions() -> None:
 
 def test_reconstruction_has_texts_as_targets(caplog: pytest.LogCaptureFixture) -> None:
     data = MultimodalDataModule(stage="reconstruction", scenes=SCENES, batch_size=16, val_rows=5)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         module = fit(data)
     rows = [row for batch in module.train_rows for row in batch]
     assert len(rows) == 240  # classes, answers, two captions
@@ -286,7 +286,7 @@ def test_files_of_the_first_two_stages(folder: Path, caplog: pytest.LogCaptureFi
     module = fit(MultimodalDataModule(str(folder / "captions.json"), "warmup", batch_size=4, val_rows=2))
     assert sum(map(len, module.train_rows)) == 16  # 19, in fours
     assert [len(rows) for rows in module.val_rows] == [1]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         module = fit(
             MultimodalDataModule(str(folder / "train"), "reconstruction", image_root=str(folder), batch_size=4)
         )
