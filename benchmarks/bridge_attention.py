@@ -73,7 +73,7 @@ def step(model: Any, case: Case, bridge: str, form: str) -> Callable[[], Any]:
     import torch
 
     from lit_embed.functional.reconstruction import draw_masked, mask_tokens, mntp_loss
-    from lit_embed.modules.bridge_decoder import PaddedRows, bridge_states
+    from lit_embed.modules.bridge_decoder import DecoderRows, bridge_states
 
     generator = torch.Generator().manual_seed(0)
 
@@ -87,7 +87,7 @@ def step(model: Any, case: Case, bridge: str, form: str) -> Callable[[], Any]:
     ids = torch.randint(1, VOCABULARY - 8, valid.shape, generator=generator)
     masked = draw_masked(valid & (columns > end[:, None]), MASK_RATE, range(case.rows))
     hidden, labels = mask_tokens(ids, masked, VOCABULARY - 1)
-    rows, weight = PaddedRows(valid, hidden), model.lm_head.weight
+    rows, weight = DecoderRows(valid, hidden), model.lm_head.weight
 
     def loss() -> Any:
         return mntp_loss(bridge_states(model, rows, end, bridge, form), labels, valid, weight)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ BridgeForm = Literal["auto", "dense", "split", "two_pass"]
 
 
 @dataclass(frozen=True)
-class PaddedRows:
+class DecoderRows:
     """A padded batch as a decoder reads it.
 
     Args:
@@ -66,17 +66,17 @@ class PaddedRows:
         given = {"input_ids": self.input_ids, "inputs_embeds": self.inputs_embeds, "position_ids": self.positions}
         return {name: value for name, value in given.items() if value is not None}
 
-    def arranged(self, arrangement: Arrangement) -> "PaddedRows":
+    def arranged(self, arrangement: Arrangement) -> "DecoderRows":
         """The same tokens in the columns of an arrangement."""
         ids, embeds = (None if x is None else arrangement.move(x) for x in (self.input_ids, self.inputs_embeds))
         layers = self.positions.unbind() if self.positions.ndim == 3 else None
         moved = torch.stack([arrangement.move(one) for one in layers]) if layers else arrangement.move(self.positions)
-        return PaddedRows(arrangement.valid, ids, embeds, moved)
+        return DecoderRows(arrangement.valid, ids, embeds, moved)
 
-    def part(self, columns: slice) -> "PaddedRows":
+    def part(self, columns: slice) -> "DecoderRows":
         """Some of the columns, with their positions."""
         ids, embeds = (None if x is None else x[:, columns] for x in (self.input_ids, self.inputs_embeds))
-        return PaddedRows(self.valid[:, columns], ids, embeds, self.positions[..., columns])
+        return DecoderRows(self.valid[:, columns], ids, embeds, self.positions[..., columns])
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def check_form(model: nn.Module, bridge: Bridge, form: BridgeForm) -> None:
 
 
 def bridge_states(
-    model: nn.Module, rows: PaddedRows, end_index: Tensor, bridge: Bridge = "collaborative", form: BridgeForm = "auto"
+    model: nn.Module, rows: DecoderRows, end_index: Tensor, bridge: Bridge = "collaborative", form: BridgeForm = "auto"
 ) -> Tensor:
     """Final states of rows ``[A, E, B]``, whose blocks meet in the end token E.
 
@@ -147,7 +147,7 @@ def bridge_states(
     return arrangement.restore(states)
 
 
-def encode_contexts(model: nn.Module, rows: PaddedRows, bridge: Bridge) -> BridgePrefix:
+def encode_contexts(model: nn.Module, rows: DecoderRows, bridge: Bridge) -> BridgePrefix:
     """First pass, which several targets of a context can share: rows ``[A, E]``, the last token of each its E.
 
     Raises:
@@ -159,7 +159,7 @@ def encode_contexts(model: nn.Module, rows: PaddedRows, bridge: Bridge) -> Bridg
     return _first_pass(text_decoder(model), rows.arranged(arrangement), bridge_layout(bridge, arrangement))[0]
 
 
-def decode_targets(model: nn.Module, rows: PaddedRows, prefix: BridgePrefix) -> Tensor:
+def decode_targets(model: nn.Module, rows: DecoderRows, prefix: BridgePrefix) -> Tensor:
     """Second pass: rows B, each behind the end token of its context; without positions they go on from it.
 
     Args:
@@ -178,17 +178,17 @@ def decode_targets(model: nn.Module, rows: PaddedRows, prefix: BridgePrefix) -> 
     return _second_pass(text_decoder(model), rows, prefix, bool(rows.valid.all()))
 
 
-def _dense(decoder: Any, rows: PaddedRows, end_index: Tensor, bridge: Bridge) -> Tensor:
+def _dense(decoder: Any, rows: DecoderRows, end_index: Tensor, bridge: Bridge) -> Tensor:
     mask = bridge_mask(bridge, rows.valid, end_index, _dtype(decoder, rows))
     return decoder(**rows.inputs, attention_mask=mask, use_cache=False).last_hidden_state
 
 
-def _split(decoder: Any, rows: PaddedRows, arrangement: Arrangement, bridge: Bridge) -> Tensor:
+def _split(decoder: Any, rows: DecoderRows, arrangement: Arrangement, bridge: Bridge) -> Tensor:
     attention = _attention(decoder, rows, bridge_layout(bridge, arrangement), rows.valid.shape[1])
     return decoder(**rows.inputs, **attention, use_cache=False).last_hidden_state
 
 
-def _two_pass(decoder: Any, rows: PaddedRows, arrangement: Arrangement, bridge: Bridge) -> Tensor:
+def _two_pass(decoder: Any, rows: DecoderRows, arrangement: Arrangement, bridge: Bridge) -> Tensor:
     end, (full_head, full_tail) = arrangement.end, arrangement.full
     contexts, targets = rows.part(slice(0, end + 1)), rows.part(slice(end + 1, None))
     alone = replace(arrangement, valid=contexts.valid, full=(full_head, True))
@@ -198,7 +198,7 @@ def _two_pass(decoder: Any, rows: PaddedRows, arrangement: Arrangement, bridge: 
     return torch.cat([states, _second_pass(decoder, targets, prefix, full_tail)], dim=1)
 
 
-def _first_pass(decoder: Any, rows: PaddedRows, layout: BridgeLayout) -> tuple[BridgePrefix, Tensor]:
+def _first_pass(decoder: Any, rows: DecoderRows, layout: BridgeLayout) -> tuple[BridgePrefix, Tensor]:
     """Rows ``[padding, A, E]``; of the cache the last column is kept, with its graph. Also all final states."""
     from transformers import DynamicCache
 
@@ -211,7 +211,7 @@ def _first_pass(decoder: Any, rows: PaddedRows, layout: BridgeLayout) -> tuple[B
     return BridgePrefix(columns, states[:, -1], rows.positions[..., -1]), states
 
 
-def _second_pass(decoder: Any, rows: PaddedRows, prefix: BridgePrefix, full: bool) -> Tensor:
+def _second_pass(decoder: Any, rows: DecoderRows, prefix: BridgePrefix, full: bool) -> Tensor:
     """All targets see the prefix and their own row; ``full``: there is no padding."""
     from transformers import DynamicCache
 
@@ -232,7 +232,7 @@ def _check_cache(cache: Any, length: int) -> None:
         raise InputError("form two_pass needs the key-value cache: use form split with gradient checkpointing")
 
 
-def _attention(decoder: Any, rows: PaddedRows, layout: BridgeLayout, keys: int) -> dict[str, Any]:
+def _attention(decoder: Any, rows: DecoderRows, layout: BridgeLayout, keys: int) -> dict[str, Any]:
     """Arguments that make a decoder follow a layout."""
     device = rows.valid.device
     if decoder.config._attn_implementation == NAME:  # a 4D mask is handed through; the layers ignore it
@@ -240,6 +240,6 @@ def _attention(decoder: Any, rows: PaddedRows, layout: BridgeLayout, keys: int) 
     return {"attention_mask": layout.additive(len(rows.valid), keys, device, _dtype(decoder, rows))}
 
 
-def _dtype(decoder: Any, rows: PaddedRows) -> torch.dtype:
+def _dtype(decoder: Any, rows: DecoderRows) -> torch.dtype:
     embeds = rows.inputs_embeds
     return decoder.get_input_embeddings().weight.dtype if embeds is None else embeds.dtype

@@ -17,7 +17,7 @@ from lit_embed.functional.reconstruction import label_states, mask_tokens
 from lit_embed.modules.bridge_attention import pairs_per_token, split_saves, text_decoder, use_bridge_attention
 from lit_embed.modules.bridge_decoder import (
     BridgeForm,
-    PaddedRows,
+    DecoderRows,
     bridge_states,
     check_form,
     decode_targets,
@@ -51,20 +51,20 @@ def _model(name: str, attention: Any = "bridge") -> Any:
     return model.double().train()
 
 
-def _rows(name: str, rows: tuple[str, ...] = PADDED, seed: int = 0) -> tuple[PaddedRows, Tensor]:
+def _rows(name: str, rows: tuple[str, ...] = PADDED, seed: int = 0) -> tuple[DecoderRows, Tensor]:
     """Random ids; for vision models embeddings, with positions of an image of 2 x 2 merged tokens at the start."""
     valid = torch.tensor([[place != "-" for place in row] for row in rows])
     ids = torch.randint(1, 30, valid.shape, generator=Generator().manual_seed(seed))
     end_index = torch.tensor([row.index("E") for row in rows])
     if name.startswith("tiny"):
-        return PaddedRows(valid, ids), end_index
+        return DecoderRows(valid, ids), end_index
     place = (valid.cumsum(1) - 1).clamp(min=0)
     positions = torch.stack([torch.where(place < 8, axis[place.clamp(max=7)], place - 2) for axis in IMAGE])
     embeds = text_decoder(_model(name)).embed_tokens(ids)
-    return PaddedRows(valid, inputs_embeds=embeds, position_ids=positions), end_index
+    return DecoderRows(valid, inputs_embeds=embeds, position_ids=positions), end_index
 
 
-def _plain(name: str, bridge: Bridge, batch: PaddedRows, rows: tuple[str, ...]) -> Tensor:
+def _plain(name: str, bridge: Bridge, batch: DecoderRows, rows: tuple[str, ...]) -> Tensor:
     """One row at a time, without padding, under the table as a mask: states of all tokens, row by row."""
     decoder, found = text_decoder(_model(name, "sdpa")), []
     for number, row in enumerate(rows):
@@ -137,7 +137,7 @@ def test_several_targets_share_a_first_pass(name: str) -> None:
     model = _model(name)
     first, _ = _rows(name, contexts)
     ids = torch.randint(1, 30, (4, 3), generator=Generator().manual_seed(9))
-    second = PaddedRows(torch.tensor([[place == "B" for place in row] for row in targets]), ids)
+    second = DecoderRows(torch.tensor([[place == "B" for place in row] for row in targets]), ids)
     if name != "tiny-qwen3":
         second = replace(second, input_ids=None, inputs_embeds=text_decoder(model).embed_tokens(ids))
     for bridge in BRIDGES[1:]:
@@ -155,13 +155,13 @@ def test_several_targets_share_a_first_pass(name: str) -> None:
             start = first.positions[..., owner[row], :][..., context]
             more = start[..., -1:] + 1 + torch.arange(length - count)
             positions = torch.cat([start, more], dim=-1)[..., None, :]
-            whole = PaddedRows(torch.ones(1, length, dtype=torch.bool), position_ids=positions, **one)
+            whole = DecoderRows(torch.ones(1, length, dtype=torch.bool), position_ids=positions, **one)
             expected = bridge_states(model, whole, torch.tensor([count - 1]), bridge, "dense")[0]
             torch.testing.assert_close(states[row][second.valid[row]], expected[count:], rtol=0, atol=1e-10)
             torch.testing.assert_close(prefix.end_states[owner[row]], expected[count - 1], rtol=0, atol=1e-10)
 
 
-def _tokens(rows: PaddedRows) -> dict[str, Tensor]:
+def _tokens(rows: DecoderRows) -> dict[str, Tensor]:
     return {key: value for key, value in rows.inputs.items() if key != "position_ids"}
 
 
@@ -191,11 +191,11 @@ def test_who_depends_on_whom(bridge: Bridge) -> None:
     batch, end_index = _rows("tiny-qwen3", ("AAAEBBB",))
     ids = batch.inputs["input_ids"]
     base = bridge_states(model, batch, end_index, bridge, "split")[0]
-    other_target = PaddedRows(batch.valid, torch.cat([ids[:, :4], ids[:, 4:] + 1], dim=1))
+    other_target = DecoderRows(batch.valid, torch.cat([ids[:, :4], ids[:, 4:] + 1], dim=1))
     moved = (bridge_states(model, other_target, end_index, bridge, "split")[0] - base).abs().amax(1)
     assert all((float(change) > 1e-4) == (bridge == "collaborative") for change in moved[:4])
     assert all(float(change) == 0 for change in moved[:4]) == (bridge != "collaborative")
-    other_context = PaddedRows(batch.valid, torch.cat([ids[:, :3] + 1, ids[:, 3:]], dim=1))
+    other_context = DecoderRows(batch.valid, torch.cat([ids[:, :3] + 1, ids[:, 3:]], dim=1))
     assert bool(
         ((bridge_states(model, other_context, end_index, bridge, "split")[0] - base).abs().amax(1) > 1e-4).all()
     )
@@ -209,7 +209,7 @@ def test_padding_and_neighbours_change_nothing() -> None:
             together = bridge_states(model, batch, end_index, bridge, form)
             for number, row in enumerate(PADDED):
                 columns = [column for column, place in enumerate(row) if place != "-"]
-                alone = PaddedRows(
+                alone = DecoderRows(
                     torch.ones(1, len(columns), dtype=torch.bool), batch.inputs["input_ids"][[number]][:, columns]
                 )
                 end = torch.tensor([columns.index(int(end_index[number]))])
@@ -226,7 +226,7 @@ def test_losses_of_the_forms_agree() -> None:
     model = _model("tiny-qwen3")
     losses = []
     for form in FORMS["strict"]:
-        states = bridge_states(model, PaddedRows(batch.valid, corrupted), end_index, "strict", form)
+        states = bridge_states(model, DecoderRows(batch.valid, corrupted), end_index, "strict", form)
         predicting, targets = label_states(states, labels, batch.valid)
         assert targets.tolist() == ids[masked].tolist()
         torch.testing.assert_close(predicting[0], states[0, 4], rtol=0, atol=0)  # row 0: E stands at 4
@@ -294,4 +294,4 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match="need sdpa or eager attention, got flex_attention"):
         check_form(flex, "strict", "dense")
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
-        PaddedRows(batch.valid)
+        DecoderRows(batch.valid)
