@@ -17,7 +17,6 @@ from lit_core.errors import InputError
 from lit_embed.functional.masks import Bridge
 
 NAME = "bridge_split"
-SPLIT_GAIN = 1.0
 
 
 class Block(NamedTuple):
@@ -235,7 +234,7 @@ def split_saves(bridge: Bridge, context: int, target: int, length: int, token_pa
         token_pairs: What else is done for a token, in pairs of attention (:func:`pairs_per_token`).
     """
     split = allowed_pairs(bridge, context, target) + token_pairs * (context + 1 + target)
-    return split < SPLIT_GAIN * length**2 + token_pairs * length
+    return split < length**2 + token_pairs * length
 
 
 def pairs_per_token(decoder: Any) -> float:
