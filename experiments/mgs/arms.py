@@ -54,7 +54,8 @@ BANDITS: tuple[tuple[str, str, BanditGranularity, bool], ...] = (  # name, title
 def build(setting: Setting) -> Experiment:
     """The arms and claims at a scale."""
     needs = (START,) if needs_start(setting) else ()
-    domains = tuple(setting.value(None, "data.domains"))
+    settings: dict[str, Any] = setting.value(None, "data.domains")
+    domains = tuple(settings)
     orders = list(dict.fromkeys([domains, domains[::-1]])) if len(domains) > 1 else []
     arms = [_bandit_arm(setting, *part, told) for told in (False, True) for part in BANDITS]
     if needs:
@@ -102,7 +103,9 @@ def build(setting: Setting) -> Experiment:
         "of gradients that agree as a whole.",
         "'conflict_ratio' counts modules as the arm has them (mixing: parameters); unrelated gradients would give .5.",
         "The factor of task arithmetic is chosen on validation problems.",
-    )
+        *(["The reward of a reward model has no bounds: where it is one of the domains, read them one by one, not by "
+           "their mean or the worst."] if any(one["task"] == "preference" for one in settings.values()) else []),
+    )  # fmt: skip
     jobs = side_by_side(setting)
     fingerprint = setting.fingerprint() + "".join(p.read_text() for p in START_SPEC.configs(setting.scale))
     return Experiment("mgs", tuple(arms), claims, table, fingerprint, curves, jobs, notes, figures)
