@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_core.errors import InputError
 
 CHUNK_BYTES = 2**24
-COPIES = 4  # of a chunk in float64: what was read, and what a method makes of it
+COPIES = 8  # of a chunk in float64: what was read, and what a method makes of it
 
 
 class Entries(Protocol):

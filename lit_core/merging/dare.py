@@ -78,7 +78,7 @@ class Dare(Method):
         for (start, stop), (base, deltas) in zip(stack.spans(), stack.deltas(), strict=True):
             for number, row in enumerate(deltas if self.density < 1 else ()):
                 stays = bernoulli_mask(self.seed, stack.name, number, start, stop, self.density)
-                row.masked_fill_(~stays.to(row.device), 0)
+                row.mul_(stays.to(row.device))
             yield base, deltas
 
     def factors(self, stack: Stack) -> list[float]:

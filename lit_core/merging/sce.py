@@ -50,7 +50,7 @@ class Sce(Method):
         parts = torch.where(squares.sum() > 0, squares / squares.sum(), 1 / len(squares))[:, None]
         for base, deltas in self._selected(stack, selection):
             agree = agreeing(deltas)
-            total = deltas.masked_fill_(~agree, 0).mul_(parts).sum(0)
+            total = deltas.mul_(agree).mul_(parts).sum(0)
             counted = torch.mul(agree, parts, out=deltas).sum(0)
             yield base.add_(total / torch.where(counted > 0, counted, 1.0))
 
@@ -66,12 +66,12 @@ class Sce(Method):
         if not varying:
             return None
         dtype = torch.float64 if stack.double else torch.float32
-        return Selection(spreads, [share_of(varying, self.select_topk)], dtype)
+        return Selection(spreads, [share_of(varying, self.select_topk)], stack.numel, dtype)
 
     def _selected(self, stack: Stack, selection: Selection | None) -> Iterator[tuple[Tensor, Tensor]]:
         """A pass over the base ``(n,)`` and the task vectors ``(models, n)``, 0 where not selected."""
         mark = None if selection is None else selection.marker()
         for base, deltas in stack.deltas():
             if mark is not None:
-                deltas.masked_fill_(~mark(spread(deltas, stack.double)), 0)
+                deltas.mul_(mark(spread(deltas, stack.double)))
             yield base, deltas

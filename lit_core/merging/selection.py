@@ -7,7 +7,7 @@ from torch import Tensor
 
 WHOLE = {torch.float32: (torch.int32, 32), torch.float64: (torch.int64, 64)}
 DIGIT = 16  # bits that one pass settles
-GROUP = 8  # rows that are counted in the same pass; each needs 512 KiB
+GROUP = 4  # rows that are counted in the same pass; each needs 256 KiB
 
 
 class Selection:
@@ -19,6 +19,7 @@ class Selection:
     Args:
         chunks: Starts a pass over some rows; yields chunks ``(those rows, n)`` of numbers that are not below 0.
         counts: Entries to select of each row, at least 1 and no more than there are.
+        numel: Entries of a row.
         dtype: Type of the chunks, float32 or float64.
 
     Attributes:
@@ -26,20 +27,28 @@ class Selection:
         equal: How many of the entries that equal it are selected.
     """
 
-    def __init__(self, chunks: Callable[[slice], Iterable[Tensor]], counts: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, chunks: Callable[[slice], Iterable[Tensor]], counts: Sequence[int], numel: int, dtype: torch.dtype
+    ) -> None:
         self.equal, high = list(counts), [0] * len(counts)  # high: bits of the threshold that are settled
         whole, bits = WHOLE[dtype]
+        counter = torch.int32 if numel < 2**31 else torch.int64
         for first in range(0, len(counts), GROUP):
             rows = range(first, min(first + GROUP, len(counts)))
             for shift in range(bits - DIGIT, -1, -DIGIT):
-                seen = torch.zeros(len(rows), 2**DIGIT, dtype=torch.int64)
+                above = shift + DIGIT
+                seen: Tensor | None = None
                 for chunk in chunks(slice(rows.start, rows.stop)):
+                    if seen is None:
+                        seen = torch.zeros(len(rows), 2**DIGIT, dtype=counter, device=chunk.device)
+                        ones = seen.new_ones(chunk.shape[1])  # no chunk is longer than the first
                     for row, codes in enumerate(chunk.view(whole)):
-                        above = shift + DIGIT
                         kept = codes if above == bits else codes[codes >> above == high[rows[row]]]
-                        seen[row] += torch.bincount((kept >> shift) & (2**DIGIT - 1), minlength=2**DIGIT).cpu()
-                for row, histogram in zip(rows, seen, strict=True):
-                    from_top = histogram.flip(0).cumsum(0)
+                        digits = (kept >> shift) & (2**DIGIT - 1)
+                        seen[row].scatter_add_(0, digits.long(), ones[: len(digits)])
+                assert seen is not None  # there is an entry to select
+                for row, histogram in zip(rows, seen.cpu(), strict=True):
+                    from_top = histogram.long().flip(0).cumsum(0)
                     place = int(torch.searchsorted(from_top, self.equal[row]))
                     self.equal[row] -= int(from_top[place - 1]) if place else 0
                     high[row] = high[row] << DIGIT | (2**DIGIT - 1 - place)

@@ -24,7 +24,8 @@ def agreeing(votes: Tensor) -> Tensor:
     Returns:
         Booleans ``(models, n)``.
     """
-    return torch.where(votes.sum(0) >= 0, votes > 0, votes < 0)
+    elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0).to(votes.dtype)
+    return votes * elected > 0
 
 
 def agreed_sum(deltas: Tensor, weights: Sequence[float], normalize: bool, consensus: Consensus = "weighted") -> Tensor:
@@ -43,10 +44,10 @@ def agreed_sum(deltas: Tensor, weights: Sequence[float], normalize: bool, consen
     column = deltas.new_tensor(weights)[:, None]
     if consensus == "count":
         agree = agreeing(deltas)
-        total = deltas.mul_(column).masked_fill_(~agree, 0).sum(0)
+        total = deltas.mul_(column).mul_(agree).sum(0)
         return total / agree.sum(0).clamp(min=1) if normalize else total
     agree = agreeing(deltas.mul_(column))
-    total = deltas.masked_fill_(~agree, 0).sum(0)
+    total = deltas.mul_(agree).sum(0)
     if normalize:
         counted = torch.mul(agree, column, out=deltas).sum(0)
         total /= torch.where(counted.abs() < 1e-8, 1.0, counted)
@@ -55,7 +56,7 @@ def agreed_sum(deltas: Tensor, weights: Sequence[float], normalize: bool, consen
 
 def magnitudes(deltas: Tensor, double: bool) -> Tensor:
     """Sizes by which entries are trimmed: float32 unless the models are float64, which saves passes."""
-    return deltas.abs() if double else deltas.abs().float()
+    return deltas.abs() if double else deltas.float().abs_()
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Ties(Method):
         mark = None
         if (kept := share_of(stack.numel, self.density)) < stack.numel:
             dtype = torch.float64 if stack.double else torch.float32
-            mark = Selection(sizes, [kept] * len(stack.models), dtype).marker()
+            mark = Selection(sizes, [kept] * len(stack.models), stack.numel, dtype).marker()
         for base, deltas in stack.deltas():
             if mark is not None:
-                deltas.masked_fill_(~mark(magnitudes(deltas, stack.double)), 0)
+                deltas.mul_(mark(magnitudes(deltas, stack.double)))
             yield base.add_(agreed_sum(deltas, weights, self.normalize, self.consensus), alpha=self.lam)
