@@ -13,7 +13,7 @@ from lit_core.export import new_folder
 from lit_core.files import write_json
 from lit_core.merging.chunks import CHUNK_BYTES, Stack
 from lit_core.merging.methods import method_of
-from lit_core.merging.model_folder import INDEX, MANIFEST, WEIGHTS, ModelFolder, check_configs, set_dtype
+from lit_core.merging.model_folder import INDEX, MANIFEST, WEIGHTS, ModelFolder, check_configs, copy_rest, set_dtype
 from lit_core.merging.states import check_chunk_bytes, check_keys, floating_type, merged_parts, merged_type
 from lit_core.merging.tensor_file import TensorSpec, write_tensors
 from lit_core.report import versions
@@ -74,7 +74,7 @@ def merge_folders(
             kind = merged_type(key, entries, None if root is None else root.tensors[key], wanted)
             specs[like.part_of(key)].append(TensorSpec(key, tensor.shape, kind))
         folder = stack.enter_context(new_folder(Path(output)))
-        like.copy_rest(folder)
+        copy_rest(like.path, folder)
         notes: dict[str, list[str]] = {}
 
         def merged(spec: TensorSpec) -> Iterator[Tensor]:

@@ -37,7 +37,7 @@ class ModelFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.parts = list(_module_folders(path))
+        self.parts = list(module_folders(path))
         configs = [file for part in self.parts if (file := path / part / "config.json").is_file()]
         if (path / "adapter_config.json").is_file():
             raise InputError("is an adapter; export it with --form merged, or merge adapters with merge_adapters", path)
@@ -97,14 +97,36 @@ class ModelFolder:
         sizes = {str(file.relative_to(self.path)): file.stat().st_size for file in self.files}
         return {"path": str(self.path), "config_sha256": config.hexdigest(), "files": sizes}
 
-    def copy_rest(self, folder: Path) -> None:
-        """Copy whatever is no weight: configuration, tokenizer, templates, modules."""
-        for part in [*self.parts, *([TEMPLATES] if (self.path / TEMPLATES).is_dir() else [])]:
-            (folder / part).mkdir(parents=True, exist_ok=True)
-            for source in (self.path / part).iterdir() if (self.path / part).is_dir() else ():
-                skipped = source.name == MANIFEST or source.name.endswith((*WEIGHT_FILES, ".index.json"))
-                if source.is_file() and not skipped:
-                    shutil.copyfile(source, folder / part / source.name)
+
+def module_folders(path: Path) -> Iterator[str]:
+    """Folders of modules relative to a model's folder, which comes first, as an empty string.
+
+    Raises:
+        InputError: ``modules.json`` names a folder outside.
+    """
+    yield ""
+    if not (path / "modules.json").is_file():
+        return
+    for module in read_json(path / "modules.json"):
+        part = str(module.get("path", ""))
+        inside = PurePosixPath(part)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise InputError(f"names a folder outside, '{part}'", path / "modules.json")
+        if part:
+            yield part
+        router = path / part / "router_config.json"
+        for name in read_json(router).get("types", {}) if router.is_file() else ():
+            yield str(PurePosixPath(part, PurePosixPath(name).name))
+
+
+def copy_rest(path: Path, folder: Path) -> None:
+    """Copy whatever of a model's folder is no weight: configuration, tokenizer, templates, modules."""
+    for part in [*module_folders(path), *([TEMPLATES] if (path / TEMPLATES).is_dir() else [])]:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for source in (path / part).iterdir() if (path / part).is_dir() else ():
+            skipped = source.name == MANIFEST or source.name.endswith((*WEIGHT_FILES, ".index.json"))
+            if source.is_file() and not skipped:
+                shutil.copyfile(source, folder / part / source.name)
 
 
 def check_configs(like: ModelFolder, other: ModelFolder) -> None:
@@ -145,22 +167,6 @@ def set_dtype(folder: Path, dtype: str) -> None:
     before = read_json(folder / "config.json")
     if changed(before) != before:
         write_json(folder / "config.json", changed(before))
-
-
-def _module_folders(path: Path) -> Iterator[str]:
-    yield ""
-    if not (path / "modules.json").is_file():
-        return
-    for module in read_json(path / "modules.json"):
-        part = str(module.get("path", ""))
-        inside = PurePosixPath(part)
-        if inside.is_absolute() or ".." in inside.parts:
-            raise InputError(f"names a folder outside, '{part}'", path / "modules.json")
-        if part:
-            yield part
-        router = path / part / "router_config.json"
-        for name in read_json(router).get("types", {}) if router.is_file() else ():
-            yield str(PurePosixPath(part, PurePosixPath(name).name))
 
 
 def _tokens(path: Path) -> dict[int, str]:

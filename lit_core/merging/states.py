@@ -55,9 +55,9 @@ def merge(
     )
     for name, other in others.items():
         check_keys(like.keys(), other.keys(), name)
-    first_of = _tied(like)
+    first_of = first_names(like)
     for name, other in others.items():
-        _check_tied(first_of, _tied(other), other, name)
+        _check_tied(first_of, first_names(other), other, name)
     merged: dict[str, Tensor] = {}
     for key in like:
         first = first_of[key]
@@ -169,7 +169,7 @@ def merged_parts(stack: Stack, method: Method, weights: Sequence[float]) -> Iter
         yield part
 
 
-def _tied(state: State) -> dict[str, str]:
+def first_names(state: State) -> dict[str, str]:
     """For each name the first one that shares its memory."""
     seen: dict[tuple[object, ...], str] = {}
     first_of = {}
