@@ -1,77 +1,24 @@
-"""Merging model folders, a few tensors in memory at a time."""
+"""Merging model folders, in memory that grows neither with their sizes nor with their number."""
 
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lit_core.errors import InputError
 from lit_core.export import new_folder
-from lit_core.files import read_json, write_json
-from lit_core.merging.states import check_arguments, check_keys, merge_tensors
-from lit_core.progress import track
+from lit_core.files import write_json
+from lit_core.merging.chunks import CHUNK_BYTES, Stack
+from lit_core.merging.methods import method_of
+from lit_core.merging.model_folder import INDEX, MANIFEST, WEIGHTS, ModelFolder, check_configs, copy_rest, set_dtype
+from lit_core.merging.states import check_chunk_bytes, check_keys, floating_type, merged_parts, merged_type
+from lit_core.merging.tensor_file import TensorSpec, write_tensors
+from lit_core.report import versions
 
 SHARD_BYTES = 5 * 10**9
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
-
-
-class SafetensorsFolder:
-    """Tensors of a folder, read one at a time.
-
-    Args:
-        path: Folder with ``config.json`` and ``model.safetensors``, or an index and its parts.
-
-    Raises:
-        InputError: It is no such folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if not (path / "config.json").is_file():
-            adapter = (path / "adapter_config.json").is_file()
-            raise InputError("is an adapter; export it with --form merged" if adapter else "is no model folder: it has "
-                             "no config.json", path)  # fmt: skip
-        self.path, self.config = path, read_json(path / "config.json")
-        if (path / INDEX).is_file():
-            self.file_of: dict[str, str] = read_json(path / INDEX).get("weight_map", {})
-        elif (path / WEIGHTS).is_file():
-            with self._open(WEIGHTS) as file:
-                self.file_of = dict.fromkeys(file.keys(), WEIGHTS)
-        else:
-            raise InputError(f"has neither {WEIGHTS} nor {INDEX}; save it with safe_serialization", path)
-        self.files = ExitStack()
-        self.opened: dict[str, Any] = {}
-
-    def __enter__(self) -> "SafetensorsFolder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.files.close()
-
-    def tensor(self, key: str) -> Tensor:
-        """Read a tensor.
-
-        Raises:
-            InputError: The file that the index names lacks it, or cannot be read.
-        """
-        name = self.file_of[key]
-        if name not in self.opened:
-            self.opened[name] = self.files.enter_context(self._open(name))
-        try:
-            return self.opened[name].get_tensor(key)
-        except Exception as error:  # safetensors has no class of its own for each mistake
-            raise InputError(f"tensor '{key}' cannot be read ({error})", self.path / name) from None
-
-    def _open(self, name: str) -> Any:
-        from safetensors import safe_open
-
-        try:
-            return safe_open(str(self.path / name), framework="pt")
-        except Exception as error:  # the same
-            raise InputError(f"cannot be read ({error})", self.path / name) from None
 
 
 def merge_folders(
@@ -81,74 +28,109 @@ def merge_folders(
     weights: Sequence[float] | None = None,
     base: Path | str | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Merge model folders into one that ``AutoModelForCausalLM`` and its like load.
+    dtype: torch.dtype | str | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    **options: Any,
+) -> dict[str, Any]:
+    """Merge model folders into one that ``AutoModelForCausalLM``, ``SentenceTransformer`` and their like load.
 
-    One tensor of each model and one file of the result are in memory at a time. Configuration, tokenizer and whatever
-    else is no weight are those of the base, or of the first folder. The result is written beside ``output``, which it
-    becomes when it is whole.
+    Tensors are read, merged and written a chunk at a time, more than once where a method first needs sums over the
+    whole tensor; the result is that of :func:`lit_core.merging.merge`. Configuration, tokenizer, modules and whatever
+    else is no weight are those of the base, or of the first model if the base has not the modules of the models. The
+    result is written beside ``output``, which it becomes when it is whole; ``merge.json`` in it says how it was made.
 
     Args:
         folders: Models of one architecture.
         output: Folder to write.
         method: Key of ``METHODS``.
-        weights: One a model, 1 each by default; ``linear`` divides them by their sum.
-        base: Folder that the models were trained from; ``task_arithmetic`` needs it.
+        weights: One a model, 1 each by default.
+        base: Folder that the models were trained from; its floating types may be others.
         shard_bytes: Most bytes of a file of weights, unless a single tensor has more.
+        dtype: Floating type of the result; then those of the models may differ. None takes theirs.
+        chunk_bytes: Most memory for chunks.
+        **options: Fields of the method's class.
+
+    Returns:
+        The content of ``merge.json``.
 
     Raises:
-        InputError: A folder is none of a model, the models do not fit together, or there is something at ``output``.
+        InputError: A folder is none of a model, the models do not fit together, an option is wrong, or there is
+            something at ``output``.
     """
-    chosen, factors = check_arguments(len(folders), method, weights, base is not None)
+    chosen = method_of(method, options)
+    factors = chosen.check(len(folders), weights, base is not None)
+    wanted = floating_type(dtype)
+    check_chunk_bytes(chunk_bytes)
     with ExitStack() as stack:
-        models = [stack.enter_context(SafetensorsFolder(Path(folder))) for folder in folders]
-        root = None if base is None else stack.enter_context(SafetensorsFolder(Path(base)))
-        like = models[0] if root is None else root
+        models = [stack.enter_context(ModelFolder(Path(folder))) for folder in folders]
+        root = None if base is None else stack.enter_context(ModelFolder(Path(base)))
+        like = models[0] if root is None or root.parts != models[0].parts else root
         for model in [*models, *([] if root is None else [root])]:
-            check_keys(like.file_of.keys(), model.file_of.keys(), str(model.path))
-            for field in ("model_type", "tie_word_embeddings"):
-                if model.config.get(field) != like.config.get(field):
-                    raise InputError(f"is {model.config.get(field)}, but {like.config.get(field)} in {like.path}",
-                                     model.path / "config.json", field=field)  # fmt: skip
+            check_keys(like.tensors.keys(), model.tensors.keys(), str(model.path))
+            check_configs(like, model)
+        specs: dict[str, list[TensorSpec]] = {part: [] for part in like.parts}
+        for key, tensor in like.tensors.items():
+            entries = [model.tensors[key] for model in models]
+            kind = merged_type(key, entries, None if root is None else root.tensors[key], wanted)
+            specs[like.part_of(key)].append(TensorSpec(key, tensor.shape, kind))
         folder = stack.enter_context(new_folder(Path(output)))
-        for source in like.path.iterdir():
-            if source.is_file() and not source.name.endswith((*WEIGHT_FILES, ".index.json")):
-                shutil.copyfile(source, folder / source.name)
-        keys = sorted(like.file_of, key=lambda key: (like.file_of[key], key))
+        copy_rest(like.path, folder)
+        notes: dict[str, list[str]] = {}
 
-        def merged() -> Iterator[tuple[str, Tensor]]:
-            for key in track(keys, "merging", unit="tensor"):
-                tensors = [model.tensor(key) for model in models]
-                yield key, merge_tensors(key, chosen, tensors, factors, None if root is None else root.tensor(key))
+        def merged(spec: TensorSpec) -> Iterator[Tensor]:
+            entries = [model.tensors[spec.name] for model in models]
+            chunks = Stack(spec.name, entries, None if root is None else root.tensors[spec.name], chunk_bytes)
+            yield from merged_parts(chunks, chosen, factors)
+            if chunks.notes:
+                notes[spec.name] = chunks.notes
 
-        _write(folder, merged(), shard_bytes)
+        for part, tensors in specs.items():
+            _write(folder / part, part, tensors, shard_bytes, merged)
+        kinds = {spec.dtype for spec in specs[""] if spec.dtype.is_floating_point}
+        if len(kinds) == 1 and (folder / "config.json").is_file():
+            set_dtype(folder, str(kinds.pop()).removeprefix("torch."))
+        manifest = {
+            "method": method,
+            "weights": factors if chosen.weighted else None,
+            "options": asdict(chosen),
+            "base": None if root is None else root.describe(),
+            "models": [model.describe() for model in models],
+            "files_from": str(like.path),
+            "notes": notes,
+            "versions": versions(),
+        }
+        write_json(folder / MANIFEST, manifest)
+    return manifest
 
 
-def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
-    from safetensors.torch import save_file
-
-    parts: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        save_file(held, str(folder / f"part-{len(parts)}"), metadata={"format": "pt"})
-        parts.append(list(held))
-        held.clear()
-
-    for key, tensor in tensors:
-        if held and size + tensor.nbytes > shard_bytes:
-            flush()
+def _write(
+    folder: Path,
+    part: str,
+    tensors: Sequence[TensorSpec],
+    shard_bytes: int,
+    merged: Callable[[TensorSpec], Iterable[Tensor]],
+) -> None:
+    """Write the weights of a module, in files of a bounded size; in a file the names have not the module's before."""
+    shards: list[list[TensorSpec]] = []
+    size = 0
+    for spec in tensors:
+        if not shards or size + spec.nbytes > shard_bytes:
+            shards.append([])
             size = 0
-        held[key] = tensor.contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    if len(parts) == 1:
-        (folder / "part-0").rename(folder / WEIGHTS)
-        return
+        shards[-1].append(spec)
+        size += spec.nbytes
     weight_map: dict[str, str] = {}
-    for number, keys in enumerate(parts):
-        name = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
-        (folder / f"part-{number}").rename(folder / name)
-        weight_map |= dict.fromkeys(keys, name)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for number, shard in enumerate(shards, start=1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        named = {spec.name.removeprefix(f"{part}/") if part else spec.name: spec for spec in shard}
+        renamed = [replace(spec, name=key) for key, spec in named.items()]
+
+        def parts(spec: TensorSpec, named: dict[str, TensorSpec] = named) -> Iterable[Tensor]:
+            return merged(named[spec.name])
+
+        about = "merging" if len(shards) == 1 else f"merging, file {number} of {len(shards)}"
+        write_tensors(folder / name, renamed, parts, about)
+        weight_map |= dict.fromkeys(named, name)
+    if len(shards) > 1:
+        total = sum(spec.nbytes for spec in tensors)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

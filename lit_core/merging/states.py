@@ -1,107 +1,110 @@
 """Merging state dicts."""
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_core.errors import InputError
-from lit_core.merging.linear import linear
-from lit_core.merging.task_arithmetic import task_arithmetic
+from lit_core.merging.chunks import CHUNK_BYTES, Entries, Stack, TensorEntries
+from lit_core.merging.method import Method
+from lit_core.merging.methods import method_of
 
 State = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class MergeMethod:
-    """One way to merge.
-
-    Args:
-        combine: ``(models, weights, base)`` to the merged tensor, all in one type of at least 32 bits.
-        needs_base: Whether it cannot do without a base.
-        averages: Whether weights are divided by their sum, which then must not be 0.
-    """
-
-    combine: Callable[[Sequence[Tensor], Sequence[float], Tensor | None], Tensor]
-    needs_base: bool = False
-    averages: bool = False
-
-
-METHODS: dict[str, MergeMethod] = {
-    "linear": MergeMethod(linear, averages=True),
-    "task_arithmetic": MergeMethod(task_arithmetic, needs_base=True),
-}
-
-
 def merge(
-    models: Sequence[State], method: str, weights: Sequence[float] | None = None, base: State | None = None
+    models: Sequence[State],
+    method: str,
+    weights: Sequence[float] | None = None,
+    base: State | None = None,
+    dtype: torch.dtype | str | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Merge state dicts of models of one architecture.
 
-    Sums are taken in float32 (float64 where the tensors are), on the device of the first model. Integers and Booleans
-    have to be equal in all models. Tensors that are tied in the base, or the first model, are merged once and tied
-    again.
+    Sums are taken in float64, on the device of the first model. Integers and Booleans have to be equal in all models.
+    Tensors that are tied in the base, or the first model, are merged once and tied again.
 
     Args:
-        models: State dicts with the same names and shapes.
+        models: State dicts with the same names, shapes and types.
         method: Key of ``METHODS``.
-        weights: One a model, 1 each by default; ``linear`` divides them by their sum.
-        base: State dict that the models were trained from; ``task_arithmetic`` needs it.
+        weights: One a model, 1 each by default.
+        base: State dict that the models were trained from; it may be of other floating types. What
+            methods do without one is told by their classes.
+        dtype: Floating type of the result; then those of the models may differ. None takes theirs.
+        chunk_bytes: Most memory beside the models and the result. The result does not depend on it, but for the last
+            bits of float64 in sums over a tensor.
+        **options: Fields of the method's class.
 
     Returns:
-        New tensors, of the types of the base, or of the first model where there is none.
+        New tensors.
 
     Raises:
         InputError: The models do not fit together; the error names the tensor. Or a wrong argument.
     """
-    chosen, factors = check_arguments(len(models), method, weights, base is not None)
+    chosen = method_of(method, options)
+    factors = chosen.check(len(models), weights, base is not None)
+    wanted = floating_type(dtype)
+    check_chunk_bytes(chunk_bytes)
     like = models[0] if base is None else base
     others = {f"model {number}": model for number, model in enumerate(models)} | (
         {} if base is None else {"base": base}
     )
     for name, other in others.items():
         check_keys(like.keys(), other.keys(), name)
-    first_of = _tied(like)
+    first_of = first_names(like)
     for name, other in others.items():
-        _check_tied(first_of, _tied(other), other, name)
+        _check_tied(first_of, first_names(other), other, name)
     merged: dict[str, Tensor] = {}
     for key in like:
         first = first_of[key]
         if first != key:
             merged[key] = merged[first]
             continue
-        merged[key] = merge_tensors(
-            key, chosen, [model[key] for model in models], factors, None if base is None else base[key]
-        )
+        rows = [TensorEntries(model[key]) for model in models]
+        root = None if base is None else TensorEntries(base[key])
+        device = models[0][key].device
+        out = torch.empty(models[0][key].shape, dtype=merged_type(key, rows, root, wanted), device=device)
+        flat, start = out.view(-1), 0
+        stack = Stack(key, rows, root, chunk_bytes, device)
+        for part in merged_parts(stack, chosen, factors):
+            flat[start : start + len(part)].copy_(part)
+            start += len(part)
+        merged[key] = out
     return merged
 
 
-def check_arguments(
-    count: int, method: str, weights: Sequence[float] | None, has_base: bool
-) -> tuple[MergeMethod, list[float]]:
-    """The method of a name, and a weight for each model.
+def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A type from itself or its name.
 
     Raises:
-        InputError: A name that is not known, weights that do not fit, no model, or no base.
+        InputError: It is no floating type.
     """
-    if method not in METHODS:
-        raise InputError(f"must be one of {', '.join(METHODS)}, got '{method}'", field="method")
-    if count < 1:
-        raise InputError("need at least one model to merge", field="models")
-    chosen, factors = METHODS[method], [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(factors) != count or not all(map(math.isfinite, factors)):
-        raise InputError(f"need a finite number for each of {count} models, got {factors}", field="weights")
-    if chosen.averages and abs(sum(factors)) < 1e-12:
-        raise InputError(f"{method} divides by the sum of the weights, which is 0: {factors}", field="weights")
-    if chosen.needs_base and not has_base:
-        raise InputError(f"{method} needs the base that the models were trained from", field="base")
-    return chosen, factors
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise InputError(f"must be a floating type such as float32 or bfloat16, got '{dtype}'", field="dtype")
+    return found
+
+
+def check_chunk_bytes(chunk_bytes: int) -> None:
+    """Refuse chunks of nothing.
+
+    Raises:
+        InputError: Fewer than one byte.
+    """
+    if chunk_bytes < 1:
+        raise InputError(f"must be at least 1, got {chunk_bytes}", field="chunk_bytes")
 
 
 def check_keys(wanted: Collection[str], found: Collection[str], name: str) -> None:
-    """Refuse a model that lacks a tensor or has one too many."""
+    """Refuse a model that lacks a tensor or has one too many.
+
+    Raises:
+        InputError: So it is.
+    """
     for key in wanted:
         if key not in found:
             raise InputError(f"{name} has no tensor '{key}'")
@@ -110,42 +113,63 @@ def check_keys(wanted: Collection[str], found: Collection[str], name: str) -> No
             raise InputError(f"{name} has a tensor '{key}' that the others lack")
 
 
-def merge_tensors(
-    key: str, method: MergeMethod, models: Sequence[Tensor], weights: Sequence[float], base: Tensor | None
-) -> Tensor:
-    """Merge one tensor of all models.
+def merged_type(
+    key: str, models: Sequence[Entries], base: Entries | None, wanted: torch.dtype | None = None
+) -> torch.dtype:
+    """The type of a merged tensor.
 
     Args:
         key: Its name, for errors.
-        method: How.
         models: It in each model.
-        weights: One a model.
         base: It in the base.
+        wanted: Type that floating tensors shall have.
 
     Raises:
-        InputError: Shapes differ, or whole numbers do.
+        InputError: Shapes differ, or types do.
     """
-    like = models[0] if base is None else base
-    every = [*models, *([] if base is None else [base])]
-    for tensor in every:
-        if tensor.shape != like.shape:
-            raise InputError(f"tensor '{key}' has the shapes {tuple(like.shape)} and {tuple(tensor.shape)}")
-        if tensor.is_floating_point() != like.is_floating_point():
-            raise InputError(f"tensor '{key}' has the types {like.dtype} and {tensor.dtype}")
-    device = models[0].device
-    if not like.is_floating_point():
-        if like.is_complex():
+    like = models[0]
+    for other in [*models, *([] if base is None else [base])]:
+        if other.shape != like.shape:
+            raise InputError(f"tensor '{key}' has the shapes {like.shape} and {other.shape}")
+        floats = other.dtype.is_floating_point and like.dtype.is_floating_point
+        if other.dtype != like.dtype and not (floats and (wanted is not None or other is base)):
+            advice = "; name the dtype of the result" if floats else ""
+            raise InputError(f"tensor '{key}' has the types {like.dtype} and {other.dtype}{advice}")
+        if other.dtype.is_complex:
             raise InputError(f"tensor '{key}' is complex, which cannot be merged")
-        if not all(torch.equal(tensor.to(device), like.to(device)) for tensor in every):
-            raise InputError(f"tensor '{key}' holds whole numbers ({like.dtype}) that are not equal in all models")
-        return like.to(device, copy=True)
-    wide = torch.float64 if torch.float64 in {tensor.dtype for tensor in every} else torch.float32
-    tensors = [tensor.to(device, wide) for tensor in models]
-    merged = method.combine(tensors, weights, None if base is None else base.to(device, wide))
-    return merged.to(like.dtype)
+    return wanted if wanted is not None and like.dtype.is_floating_point else like.dtype
 
 
-def _tied(state: State) -> dict[str, str]:
+def merged_parts(stack: Stack, method: Method, weights: Sequence[float]) -> Iterator[Tensor]:
+    """Merge one tensor.
+
+    Args:
+        stack: It in all models.
+        method: How.
+        weights: One a model.
+
+    Returns:
+        Its entries, a chunk after the other; each lasts until the next.
+
+    Raises:
+        InputError: Whole numbers differ, or a value is not finite.
+    """
+    first, *others = stack.models
+    if first.dtype.is_floating_point:
+        if stack.numel:
+            yield from method.merge(stack, weights)
+        return
+    for start, stop in stack.spans():
+        part = first.part(start, stop)
+        for other in [*others, *([] if stack.base is None else [stack.base])]:
+            if not torch.equal(other.part(start, stop).to(part.device), part):
+                raise InputError(
+                    f"tensor '{stack.name}' holds whole numbers ({first.dtype}) that are not equal in all models"
+                )
+        yield part
+
+
+def first_names(state: State) -> dict[str, str]:
     """For each name the first one that shares its memory."""
     seen: dict[tuple[object, ...], str] = {}
     first_of = {}

@@ -56,12 +56,25 @@ def test_merging_is_a_loop_in_float64(method: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(model[key], before[key]) for key in before)
 
 
-def test_sums_are_taken_in_float32_whatever_the_type() -> None:
+def test_sums_are_taken_in_float64_whatever_the_type() -> None:
     models = [{"w": torch.tensor([256.0], dtype=torch.bfloat16)}] + [{"w": torch.ones(1, dtype=torch.bfloat16)}] * 8
     zero = {"w": torch.zeros(1, dtype=torch.bfloat16)}
     assert merge(models, "task_arithmetic", base=zero)["w"].item() == 264  # in bfloat16 256 + 1 is 256
-    mixed = merge([{"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0], dtype=torch.bfloat16)}], "linear")
-    assert (mixed["w"].dtype, mixed["w"].item()) == (torch.float32, 1.5)
+    small = [{"w": torch.tensor([value])} for value in (2.0**24, 1.0, 1.0)]
+    assert merge(small, "linear", normalize=False)["w"].item() == 2**24 + 2  # in float32 2^24 + 1 is 2^24
+
+
+def test_models_have_one_type_unless_that_of_the_result_is_named() -> None:
+    models = [{"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0], dtype=torch.bfloat16)}]
+    with pytest.raises(InputError, match=r"'w' has the types torch.float32 and torch.bfloat16; name the dtype"):
+        merge(models, "linear")
+    for dtype in ("float16", torch.float16):
+        mixed = merge(models, "linear", dtype=dtype)["w"]
+        assert (mixed.dtype, mixed.item()) == (torch.float16, 1.5)
+    over = merge(models[:1], "task_arithmetic", base=models[1])["w"]  # a base may be coarser: deltas survive
+    assert (over.dtype, over.item()) == (torch.float32, 1.0)
+    with pytest.raises(InputError, match="field 'dtype': must be a floating type such as float32 or bfloat16"):
+        merge(models, "linear", dtype="int8")
 
 
 def test_a_model_merged_with_itself_is_itself() -> None:
@@ -108,12 +121,16 @@ def test_models_that_do_not_fit(change: dict[str, Any], told: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"method": "soup"}, "field 'method': must be one of linear, task_arithmetic, got 'soup'"),
+        ({"method": "soup"}, "field 'method': must be one of linear, slerp, .*, got 'soup'"),
         ({"method": "task_arithmetic"}, "needs the base"),
         ({"weights": [1.0]}, "field 'weights': need a finite number for each of 2 models"),
         ({"weights": [1.0, float("nan")]}, "finite"),
         ({"weights": [1.0, -1.0]}, "divides by the sum of the weights, which is 0"),
+        ({"weights": "ab"}, "field 'weights': need numbers, got 'ab'"),
         ({"models": []}, "at least one model"),
+        ({"normalise": True}, "field 'normalise': linear does not know this option; it has normalize"),
+        ({"normalize": 1}, "field 'normalize': must be true or false, got 1"),
+        ({"chunk_bytes": 0}, "field 'chunk_bytes': must be at least 1"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], told: str) -> None:
