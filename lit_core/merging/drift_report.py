@@ -151,10 +151,10 @@ def drift_figure(report: Drift, value: Value = "ratio", by: Level = "layer") -> 
     table = np.array([[math.nan if cell is None else cell for cell in row[field].values()] for row in rows])
     title = "Distance from the base" if value == "ratio" else "Directions from the base"
     subtitle = "norm of the difference / norm of the base" if value == "ratio" else "cosine between two differences"
-    bounds = {"vmin": 0.0} if value == "ratio" else {"vmin": -1.0, "vmax": 1.0}
+    low, top = (0.0, None) if value == "ratio" else (-1.0, 1.0)
     width = 4.0 + min(14.0, 0.75 * len(columns))
     with canvas(width, 1.9 + 0.24 * len(rows), title, subtitle) as (figure, axes):
-        image = axes.imshow(table, aspect="auto", cmap=scale, **bounds)
+        image = axes.imshow(table, aspect="auto", cmap=scale, vmin=low, vmax=top)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows], color=INK, fontsize=8)
         axes.set_xticks(range(len(columns)), columns, color=INK, fontsize=8, rotation=30, ha="right")
         axes.tick_params(length=0)

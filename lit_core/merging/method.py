@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lit_core.errors import InputError
@@ -91,7 +92,7 @@ class Combination(Method):
         """One pass for the Gram matrix where it is needed, and one for the sum."""
         of_deltas = self.takes_deltas(stack.base is not None)
         size = len(stack.models)
-        gram = stack.gram(of_deltas) if self.needs_gram else Tensor(size, 0)
+        gram = stack.gram(of_deltas) if self.needs_gram else torch.zeros(size, size, dtype=torch.float64)
         try:
             found = self.coefficients(gram, weights, stack.notes.append)
         except InputError as error:

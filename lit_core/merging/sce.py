@@ -59,7 +59,7 @@ class Sce(Method):
             return None
 
         def spreads(_: slice) -> Iterator[Tensor]:
-            for _, deltas in stack.deltas():
+            for _base, deltas in stack.deltas():
                 yield spread(deltas, stack.double)
 
         varying = sum(int((chunk > 0).sum()) for chunk in spreads(slice(None)))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class TensorFile:
         if len(self._held) < size:
             self._held = torch.empty(size, dtype=torch.uint8)
         held = self._held[:size]
-        view = memoryview(held.numpy())
+        view = memoryview(cast(Any, held.numpy()))
         self._stream.seek(offset)
         while view.nbytes:
             count = self._stream.readinto(view)
