@@ -38,7 +38,7 @@ def retrieval_grid(folder: Path) -> "Figure":
     columns = 1 + max(len(row["candidates"]) for row in rows)
     subtitle = "query on the left, best candidates to its right; the right one in green"
     with canvas(1.5 * columns + 1.2, 1.55 * len(rows) + 0.9, "Retrieved", subtitle) as (figure, axes):
-        _below_title(figure, axes)
+        axes.remove()
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for line, row in zip(grid, rows, strict=True):
             cells: list[dict[str, Any] | None] = [row["query"], *row["candidates"]]
@@ -46,13 +46,6 @@ def retrieval_grid(folder: Path) -> "Figure":
                 _draw(place, cell, pictures)
             line[0].set_ylabel(row["task"], fontsize=7, color=QUIET)
     return figure
-
-
-def _below_title(figure: "Figure", axes: Any) -> None:
-    """Take the one plot away, and keep several others clear of title and subtitle."""
-    axes.remove()
-    engine: Any = figure.get_layout_engine()
-    engine.set(rect=(0, 0, 1, 1 - 0.55 / figure.get_figheight()))
 
 
 def _draw(place: Any, cell: dict[str, Any] | None, pictures: Any) -> None:
@@ -83,7 +76,7 @@ def reconstructed_words(folder: Path) -> "Figure":
     rows, pictures = read_json(folder / "words.json"), np.load(folder / "words.npz")["pictures"]
     subtitle = "texts told through the bridge token alone; hidden words are boxes"
     with canvas(9.0, 1.35 * len(rows) + 0.9, "Reconstructed words", subtitle) as (figure, axes):
-        _below_title(figure, axes)
+        axes.remove()
         grid = figure.subplots(len(rows), 2, squeeze=False, width_ratios=[1, 6])
         for (left, right), row in zip(grid, rows, strict=True):
             _draw(left, {"text": row["text"], "picture": row["picture"]}, pictures)

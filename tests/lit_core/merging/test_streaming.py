@@ -188,8 +188,9 @@ def test_memory_is_bounded_and_does_not_grow_with_the_models(
     environment = {**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is gone
     done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
     peaks = [peak * 2**20 for peak in json.loads(done.stdout)]
-    assert max(peaks) < 1.5 * budget  # a tensor has 24 MiB
-    assert peaks[-1] - peaks[0] < 0.5 * budget  # of two models and of five; the kernel's own count moves by 1 MiB
+    noise = 2**20  # of the kernel's own count, which pages move
+    assert max(peaks) < 1.5 * budget + noise  # a tensor has 24 MiB
+    assert peaks[-1] - peaks[0] < 0.25 * budget + noise  # of two models and of five
 
 
 @pytest.mark.parametrize(
