@@ -84,8 +84,10 @@ def reconstructed_words(folder: Path) -> "Figure":
             lines = {"target": row["target"], "shown": row["shown"], "told": row["told"], "other": row["without"]}
             for number, (name, text) in enumerate(lines.items()):
                 colour = {"told": COLOURS[0], "other": COLOURS[1]}.get(name, INK)
-                right.text(0.0, 0.9 - 0.26 * number, f"{name:>7}  {text}", fontsize=8, color=colour, va="top",
-                           fontfamily="monospace", transform=right.transAxes)  # fmt: skip
+                shown = f"{name:>7}  {textwrap.shorten(text, 96, placeholder=' …')}"
+                drawn = right.text(0.0, 0.9 - 0.26 * number, shown, fontsize=7, color=colour, va="top",
+                                   fontfamily="monospace", transform=right.transAxes)  # fmt: skip
+                drawn.set_in_layout(False)  # a long line takes no room from the pictures
     return figure
 
 
