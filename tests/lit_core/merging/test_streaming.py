@@ -163,7 +163,7 @@ def test_a_killed_merge_leaves_nothing_and_the_next_one_works(tmp_path: Path) ->
 def test_memory_is_bounded_and_does_not_grow_with_the_models(
     tmp_path: Path, method: str, options: dict[str, Any]
 ) -> None:
-    budget, size = 4 * 2**20, 24 * 2**20
+    budget, size = 8 * 2**20, 24 * 2**20  # large beside the kernel's own count, which moves by 1 MiB
     values = torch.randn(6, size // 4, generator=torch.Generator().manual_seed(0))
     folders = [write(tmp_path / f"m{number}", {"w": row.view(-1, 512)}) for number, row in enumerate(values)]
     small = write(tmp_path / "small", {"w": torch.ones(2)})
@@ -185,12 +185,11 @@ def test_memory_is_bounded_and_does_not_grow_with_the_models(
     root = Path(__file__).parents[3]
     arguments = json.dumps([list(map(str, folders)), str(small), str(tmp_path / "out"), method, options, budget])
     call = [sys.executable, "-c", program, arguments]
-    environment = {**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is gone
+    environment = {**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "131072"}  # what is freed is gone
     done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
     peaks = [peak * 2**20 for peak in json.loads(done.stdout)]
-    noise = 2**20  # of the kernel's own count, which pages move
-    assert max(peaks) < 1.5 * budget + noise  # a tensor has 24 MiB
-    assert peaks[-1] - peaks[0] < 0.25 * budget + noise  # of two models and of five
+    assert max(peaks) < 1.5 * budget  # a tensor has 24 MiB
+    assert peaks[-1] - peaks[0] < 0.25 * budget  # of two models and of five
 
 
 @pytest.mark.parametrize(
