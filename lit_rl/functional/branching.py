@@ -15,6 +15,7 @@ Variant = Literal["offdiag", "allpairs", "rao"]
 EntropySupport = Literal["full", "topk"]
 CHUNK = 1 << 19  # logits that are worked on at a time; more leave the caches
 GPU_CHUNK = 1 << 26  # 256 MiB, so that few operations are started
+BLOCK = 8  # columns of which one is the largest, as measured
 LOWEST = -1e4  # stands for minus infinity, so that 0 log 0 = 0
 
 
@@ -77,7 +78,7 @@ def branching_scores(
         p = best_shifted.exp() / total[:, None]
         best_logs = best_shifted - total.log()[:, None]
         if entropy_support == "full":
-            entropies[part] = total.log() - powers.mul_(shifted).sum(-1) / total
+            entropies[part] = total.log() - torch.linalg.vecdot(powers, shifted) / total
         else:
             entropies[part] = -(p * best_logs).sum(-1)
             if drawn is not None:
@@ -119,24 +120,25 @@ def semantic_divergence(
 def largest(values: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The largest values of each row and their columns, ``(N, top_k)`` each, in no order.
 
-    The columns are cut into blocks first: the largest values lie in the blocks with the largest maxima, so few columns
-    are left to be sorted.
+    The columns are cut into blocks first: the largest values lie in the blocks with the largest maxima, which are found
+    in the same way, so few columns are left to be sorted.
 
     Args:
         values: ``(N, V)``.
         top_k: At most V.
     """
     vocabulary = values.shape[1]
-    size = 8 if vocabulary < 4096 else 16  # as measured; with more, maxima run out of the caches
-    blocks = vocabulary // size
-    if blocks <= top_k:
+    blocks = vocabulary // BLOCK
+    if blocks <= 2 * top_k:
         return values.topk(top_k, dim=-1, sorted=False)
-    starts = torch.arange(0, blocks * size, blocks, device=values.device)
-    rest = torch.arange(blocks * size, vocabulary, device=values.device)
-    heads = values[:, : blocks * size].unflatten(1, (size, blocks)).amax(1)  # a block is every ``blocks``-th column
-    chosen = heads.topk(top_k, dim=-1, sorted=False).indices
+    whole = blocks * BLOCK
+    heads = values[:, :whole].unflatten(1, (BLOCK, blocks)).amax(1)  # a block is every ``blocks``-th column
+    chosen = largest(heads, top_k)[1]
+    starts = torch.arange(0, whole, blocks, device=values.device)
     candidates = (chosen[:, None] + starts[:, None]).flatten(1)
-    candidates = torch.cat([candidates, rest.expand(len(values), -1)], dim=1)
+    if whole < vocabulary:
+        rest = torch.arange(whole, vocabulary, device=values.device)
+        candidates = torch.cat([candidates, rest.expand(len(values), -1)], dim=1)
     found, places = values.gather(1, candidates).topk(top_k, dim=-1, sorted=False)
     return found, candidates.gather(1, places)
 

@@ -151,3 +151,29 @@ def test_what_does_not_fit() -> None:
         semantic_entropy(logits, table[:4], 2)
     with pytest.raises(ValueError, match="two rows to compare, got 1"):
         mean_cosine(table[:1])
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.3])
+def test_where_each_variant_branches_by_how_alike_the_embeddings_are(shared: float) -> None:
+    """Percentile of the entropy at the chosen one of 256 positions, of which some are sure and some are not (card 2.1).
+
+    With isotropic embeddings ``rao`` takes an open position, ``offdiag`` mostly so; with a mean cosine of 0.3 it
+    takes a nearly sure one, as ``allpairs`` always does.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for _ in range(12):
+        noise = torch.nn.functional.normalize(torch.randn(500, 64, generator=generator), dim=1)
+        common = torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
+        table = (1 - shared) ** 0.5 * noise + shared**0.5 * common
+        assert float(mean_cosine(table)) == pytest.approx(shared, abs=0.03)
+        peaks = 4 + 8 * torch.rand(256, 1, generator=generator)  # the top 20 hold nearly all of the mass
+        logits = peaks * torch.randn(256, 500, generator=generator)
+        entropies = entropy(logits)
+        for variant in VARIANTS:
+            chosen = semantic_entropy(logits, table, variant=variant).argmax()
+            found[variant].append(float((entropies < entropies[chosen]).float().mean()))
+    means = {variant: sum(values) / len(values) for variant, values in found.items()}
+    assert means["rao"] > 0.95
+    assert means["allpairs"] < 0.02
+    assert (means["offdiag"] > 0.5) if shared == 0 else (means["offdiag"] < 0.15)

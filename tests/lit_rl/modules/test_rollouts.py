@@ -6,9 +6,11 @@ import torch
 
 from lit_core.backbones import BackboneConfig, Lora
 from lit_core.errors import InputError
+from lit_core.generation import Response
+from lit_rl.functional.tree_advantages import rose
 from lit_rl.modules.config import ExplorationConfig, LossConfig, RolloutConfig, UpdateConfig
 from lit_rl.modules.policy import Policy
-from lit_rl.modules.rollouts import Rollout, collect, informative, joined, response_text
+from lit_rl.modules.rollouts import Rollout, collect, informative, joined, response_text, scored
 from lit_rl.modules.scoring import Scorer, answer_part
 from lit_rl.problems import DemonstrationCollator, Problem, ProblemBatch, PromptCollator, PromptConfig
 
@@ -61,6 +63,17 @@ def test_a_problems_responses_depend_on_seed_and_id_alone(policy: Policy) -> Non
     assert found.texts[8:] == turned.texts[:4]
     assert roll(policy, seed=4).texts != found.texts
     assert len(set(found.texts)) == 12  # the samples of a problem differ
+
+
+def test_token_0_is_a_token_like_any_other(policy: Policy) -> None:
+    """It neither shortens a response nor takes its last tokens out of the advantages (ROSE card, section 9.2)."""
+    ids = [5, 0, 7, 0, 9]
+    drawn = [Response(None, 0, ids, -torch.ones(5), "stop", {}), Response(None, 0, [5, 6], -torch.ones(2), "stop", {})]
+    config = RolloutConfig(samples=2, max_tokens=6)
+    found = scored(policy, PROBLEMS[:1] * 2, [[1]], [0, 0], drawn, config, Lengths(), CPU)
+    assert found.mask.tolist() == [[True] * 5, [True, True, False, False, False]]
+    advantages = rose(found.forest, torch.tensor([1.0, 0.0]), found.mask)
+    assert advantages.tolist() == [[0.5] * 5, [-0.5, -0.5, 0, 0, 0]]
 
 
 def test_long_responses_lose_score_and_keep_their_reward(policy: Policy) -> None:

@@ -243,3 +243,22 @@ def test_groups_that_a_sampler_does_not_make() -> None:
         TreeConfig(sampler="tree_rl").check_group(6)
     TreeConfig(sampler="tree_rl").check_group(8)
     TreeConfig(sampler="spo_tree", factors=(2, 2, 2)).check_group(8)
+
+
+def test_trees_branch_again_at_the_same_nodes() -> None:
+    """Random scores, 8 responses, epsilon 1/2: 3.5 of them branch (7 coins), from 1.7 different nodes (card, 2.2)."""
+    generator = torch.Generator().manual_seed(0)
+    groups, length = 1000, 64
+    plan = planner(epsilon=0.5, ids=range(groups))
+    branched = nodes = 0
+    for group in range(groups):
+        tree: list[Response] = []
+        for _ in range(8):
+            (branch,) = plan(group, tree)
+            before = [] if branch.parent is None else tree[branch.parent].scalars["semantic_entropy"][: branch.position]
+            fresh = torch.rand(length - len(before), generator=generator)
+            tree.append(response([*before, *fresh.tolist()], branch.parent, branch.position))
+        found = [(r.parent, r.position) for r in tree if r.parent is not None]
+        branched, nodes = branched + len(found), nodes + len(set(found))
+    assert branched / groups == pytest.approx(3.5, abs=0.1)  # standard error .04; the card's sample has 3.45
+    assert nodes / groups == pytest.approx(1.73, abs=0.08)
