@@ -18,4 +18,8 @@ class StepSeed(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        torch.manual_seed((self.seed * 1_000_003 + trainer.global_rank) * 1_000_003 + step)
+        seed = (self.seed * 1_000_003 + trainer.global_rank) * 1_000_003 + step
+        if pl_module.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # manual_seed would queue a traceback for a GPU too
+        else:
+            torch.manual_seed(seed)

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from lit_core.errors import InputError
 
@@ -74,6 +75,12 @@ def countdown_problems(config: CountdownConfig) -> list[CountdownProblem]:
     Raises:
         InputError: There are not as many different ones.
     """
+    return list(_problems(config))
+
+
+@lru_cache(maxsize=4)
+def _problems(config: CountdownConfig) -> tuple[CountdownProblem, ...]:
+    """Draw them; kept, as the runs of an experiment ask for the same ones."""
     rng = random.Random(f"countdown/{config.seed}")
     found: dict[tuple[tuple[int, ...], int], CountdownProblem] = {}
     misses = 0
@@ -89,7 +96,7 @@ def countdown_problems(config: CountdownConfig) -> list[CountdownProblem]:
         misses += 1
         if misses > MOST_DRAWS:
             raise InputError(f"only {len(found)} different problems exist in these ranges", field="countdown.count")
-    return list(found.values())
+    return tuple(found.values())
 
 
 def _draw(rng: random.Random, numbers: Sequence[int], operators: str) -> tuple[Fraction, str]:

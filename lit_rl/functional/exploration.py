@@ -17,6 +17,7 @@ from lit_core.lm_head import Region, Truncation, most_probable, region_entropy
 from lit_rl.functional.branching import semantic_entropy as semantic_entropy
 
 Scale = Literal["logV_over_logS", "none"]
+FEW = 32  # tokens that hold most nuclei
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -76,8 +77,15 @@ def scaled(values: Tensor, region_sizes: Tensor, vocabulary: int, scale: Scale) 
 
 def region_size(logits: Tensor, top_p: float, cap: int | None = 256) -> Tensor:
     """Number of tokens in the nucleus at each position, Long ``(...)``."""
-    logits = logits.detach().float()
-    return most_probable(logits, logits.logsumexp(-1), Truncation(top_p=top_p, cap=cap)).inside.sum(-1)
+    rows = logits.detach().float().reshape(-1, logits.shape[-1])
+    normalisers = rows.logsumexp(-1)
+    most = Truncation(top_p=top_p, cap=cap).most(rows.shape[-1])
+    first = min(FEW, most)
+    sizes = most_probable(rows, normalisers, Truncation(top_p=top_p, cap=first)).inside.sum(-1)
+    if first < most and len(open_rows := (sizes == first).nonzero()[:, 0]):  # their nuclei may be larger
+        rest = most_probable(rows[open_rows], normalisers[open_rows], Truncation(top_p=top_p, cap=cap))
+        sizes[open_rows] = rest.inside.sum(-1)
+    return sizes.view(logits.shape[:-1])
 
 
 class _RegionEntropy(Function):

@@ -61,13 +61,15 @@ class DistributionHook:
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         config, logits = self.config, logits.float() / self.temperature
-        vocabulary = logits.shape[-1]
-        best = logits.topk(min(config.tail_top_k, vocabulary), dim=-1).values
-        tail = 1 - (best.logsumexp(-1) - logits.logsumexp(-1)).exp()
+        kept = min(max(config.tail_top_k, config.region_top_k), logits.shape[-1])
+        best = logits.topk(kept, dim=-1).values
+        tail = 1 - (best[..., : config.tail_top_k].logsumexp(-1) - logits.logsumexp(-1)).exp()
+        region = best[..., : config.region_top_k]
         return {
             "entropy": entropy(logits),
             "tail_mass": tail.clamp(min=0),
-            "region_entropy": trust_region_entropy(logits, top_k=min(config.region_top_k, vocabulary), scale="none"),
+            # of a single token what the trust-region entropy makes of it: the min-entropy
+            "region_entropy": entropy(region) if region.shape[-1] > 1 else trust_region_entropy(logits, top_k=1),
             "region_size": region_size(logits, config.region_top_p).float(),
         }
 

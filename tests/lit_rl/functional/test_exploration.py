@@ -170,3 +170,16 @@ def test_nothing_to_choose_from() -> None:
     assert not forking_mask(values, nothing).any()
     assert not kl_cov_mask(values, values, nothing).any()
     assert not clip_cov_mask(values, values, nothing, torch.Generator()).any()
+
+
+@pytest.mark.parametrize("cap", [None, 256, 40, 8])
+def test_sizes_of_small_and_large_nuclei(cap: int | None) -> None:
+    """Few tokens are looked at first; rows that need more of them get the size that a whole sort gives."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.linspace(0.1, 6, 60)[:, None] * torch.randn(60, 500, generator=generator)
+    sizes = region_size(logits.view(3, 20, 500), 0.9, cap)
+    mass = logits.double().softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+    expected = ((mass < 0.9).sum(-1) + 1).clamp(max=cap or 500)
+    assert expected.min() < 8
+    assert expected.max() == min(cap or 500, int((mass < 0.9).sum(-1).max()) + 1)
+    assert torch.equal(sizes, expected.view(3, 20))
