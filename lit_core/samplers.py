@@ -1,6 +1,6 @@
 """Batch samplers that shard by rank themselves and can go on in mid-epoch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -166,15 +166,21 @@ class HomogeneousBatchSampler(ResumableBatchSampler):
         """Return ``(dataset, index of its batch)`` for every step of the epoch."""
         if self.strategy == "round_robin":
             return [(d, i) for i in range(min(self._counts)) for d in range(len(self._counts))]
-        slots = [dataset for dataset, count in enumerate(self._counts) for _ in range(count)]
-        if self.shuffle:
-            slots = [slots[i] for i in permutation(len(slots), self.seed, epoch, -1)]
         used = [0] * len(self._counts)
         schedule = []
-        for dataset in slots:
+        for dataset in self._slots(epoch):
             schedule.append((dataset, used[dataset]))
             used[dataset] += 1
         return schedule
+
+    def _slots(self, epoch: int) -> list[int]:
+        """Return the dataset of every step of the epoch."""
+        return self._mixed(range(len(self._counts)), epoch, -1)
+
+    def _mixed(self, datasets: Iterable[int], epoch: int, part: int) -> list[int]:
+        """Return the datasets of all batches of some datasets, in random order if shuffled."""
+        slots = [dataset for dataset in datasets for _ in range(self._counts[dataset])]
+        return [slots[i] for i in permutation(len(slots), self.seed, epoch, part)] if self.shuffle else slots
 
     def _local_rows(self, dataset: int, index: int, order: list[int]) -> list[int]:
         batch_size = self.batch_sizes[dataset]
