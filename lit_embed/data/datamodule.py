@@ -1,46 +1,32 @@
 """The data of retrieval experiments: training pairs, and the queries and passages they are evaluated on."""
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lit_core.datasets import load_rows
 from lit_core.errors import InputError
 from lit_core.loader import ResumableLoader, plain_loader
-from lit_core.samplers import HomogeneousBatchSampler, LengthSortedBatchSampler, permutation
+from lit_core.samplers import HomogeneousBatchSampler, permutation
 from lit_embed.data.beir import pairs_from_qrels
-from lit_embed.data.dataset import MixedDataset, PairDataset, TextDataset
+from lit_embed.data.dataset import MixedDataset, PairDataset
+from lit_embed.data.encoding import EncodingDataModule, whole_prediction
 from lit_embed.data.huggingface import StreamLoader, load_examples, row_parser
 from lit_embed.data.negatives import add_bm25_negatives
 from lit_embed.data.pairs import read_pairs
-from lit_embed.data.records import Collection, Example, PairItem, TextItem
+from lit_embed.data.records import Collection, Example, PairItem
 from lit_embed.data.sources import HELD_OUT_ROWS, BeirSource, RowSource, Source, Stage, TrainSet, WorldSource, kind_of
 from lit_embed.data.stream import StreamSource
 from lit_embed.data.world import WorldConfig
 
-BYTES_PER_TOKEN = 4  # rough, for batching only: the tokenizer belongs to the model
 DEFAULT_WORLD = WorldConfig()
 
 
-class Collating(Protocol):
-    """What the data module needs of the LightningModule: tokenisation belongs to the model."""
-
-    def pair_collator(self, train: bool) -> Callable[[list[PairItem]], Any]:
-        """Return a function that makes a batch of training or validation pairs."""
-        ...
-
-    def text_collator(self, kind: Literal["query", "passage"]) -> Callable[[list[TextItem]], Any]:
-        """Return a function that makes a batch of texts to encode."""
-        ...
-
-
-class RetrievalDataModule(LightningDataModule):
+class RetrievalDataModule(EncodingDataModule):
     """Pairs to train on, and collections to validate and test on, from any source.
 
     Validation gives three loaders, ``[queries, corpus, pairs]``; testing and prediction give ``[queries, corpus]``.
@@ -101,7 +87,7 @@ class RetrievalDataModule(LightningDataModule):
         streaming: bool = False,
         steps_per_epoch: int = 1000,
     ) -> None:
-        super().__init__()
+        super().__init__(token_budget, num_workers)
         for name, value, least in (
             ("batch_size", batch_size, 1), ("negatives", negatives, 0), ("val_pairs", val_pairs, 0),
             ("token_budget", token_budget, 1), ("num_workers", num_workers, 0), ("steps_per_epoch", steps_per_epoch, 1),
@@ -121,8 +107,7 @@ class RetrievalDataModule(LightningDataModule):
             raise InputError("not available for a stream, whose rows are not known beforehand", field=field)
         self.batch_size, self.negatives, self.hard_negatives, self.pairs = batch_size, negatives, hard_negatives, pairs
         self.val_split, self.test_split, self.own_group_only, self.world = val_split, test_split, own_group_only, world
-        self.val_pairs, self.token_budget, self.num_workers = val_pairs, token_budget, num_workers
-        self.seed, self.split_seed, self.limit = seed, split_seed, limit
+        self.val_pairs, self.seed, self.split_seed, self.limit = val_pairs, seed, split_seed, limit
         self.streaming, self.steps_per_epoch = streaming, steps_per_epoch
         self.hf_config, self.hf_split, self.hf_columns = hf_config, hf_split, hf_columns
         self._sources: list[Source] = []
@@ -190,9 +175,7 @@ class RetrievalDataModule(LightningDataModule):
         return self._text_loaders("test")
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        # the trainer cannot know that this sampler leaves nothing out
-        warnings.filterwarnings("ignore", "You are using a custom batch sampler `LengthSortedBatchSampler`")
-        return self._text_loaders("test")
+        return whole_prediction(self._text_loaders("test"))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in a stream; loaders of other sources are saved by the trainer itself."""
@@ -201,20 +184,6 @@ class RetrievalDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the position in a stream, also where a checkpoint was written between two epochs."""
         self._stream_state = state_dict.get("stream")
-
-    @property
-    def _module(self) -> Collating:
-        if self.trainer is None:
-            raise ValueError("loaders need a trainer: its module tokenises the texts")
-        return cast(Collating, self.trainer.lightning_module)
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
 
     def _source(self, path: str) -> Source:
         kind = kind_of(path)
@@ -267,13 +236,6 @@ class RetrievalDataModule(LightningDataModule):
     def _text_loaders(self, stage: Stage) -> list[DataLoader[Any]]:
         collection = self.collection(stage)
         return [self._text_loader(collection.queries, "query"), self._text_loader(collection.corpus, "passage")]
-
-    def _text_loader(self, texts: Mapping[str, str], kind: Literal["query", "passage"]) -> DataLoader[Any]:
-        lengths = [2 + len(text.encode()) // BYTES_PER_TOKEN for text in texts.values()]
-        sampler = LengthSortedBatchSampler(lengths, self.token_budget, self._rank, self._world_size)
-        dataset = TextDataset(list(texts.items()))
-        collate = self._module.text_collator(kind)
-        return plain_loader(dataset, sampler, collate, self.num_workers)
 
     def _pair_loader(self) -> DataLoader[Any]:
         """Return validation pairs: the same ones, and the same positives, every time."""

@@ -19,13 +19,13 @@ def draw_pair(example: Example, negatives: int, seed: int, dataset: str, own_gro
     """
     if negatives and not example.negatives:
         raise ValueError(f"query '{example.query_id}' has no negatives, {negatives} asked for")
-    generator = random.Random(seed)
-    positive = generator.choice(example.positives)
-    if negatives <= len(example.negatives):
-        drawn = generator.sample(example.negatives, negatives)
-    else:
-        drawn = generator.choices(example.negatives, k=negatives)
-    passages = [positive, *drawn]
+    generator, pool = random.Random(seed), range(len(example.negatives))
+    positive = generator.choice(range(len(example.positives)))
+    drawn = generator.sample(pool, negatives) if negatives <= len(pool) else generator.choices(pool, k=negatives)
+    passages = [example.positives[positive], *(example.negatives[place] for place in drawn)]
+    scores = None
+    if example.positive_scores is not None and (example.negative_scores is not None or not drawn):
+        scores = [example.positive_scores[positive], *((example.negative_scores or ())[place] for place in drawn)]
     return PairItem(
         query=example.query,
         query_id=example.query_id,
@@ -35,6 +35,7 @@ def draw_pair(example: Example, negatives: int, seed: int, dataset: str, own_gro
         own_group_only=own_group_only,
         dataset=dataset,
         seed=seed,
+        scores=scores,
     )
 
 
@@ -47,13 +48,19 @@ class PairDataset(Dataset[PairItem]):
         name: Name of the source, told to the loss and in errors.
         negatives: Hard negatives per query.
         own_group_only: Contrast each query with its own passages alone, where other queries' passages often answer it.
+        rows: Numbers of the examples to use, some perhaps more than once; by default all of them.
 
     Raises:
         InputError: There are no examples, two have the same query, or negatives are asked for and an example has none.
     """
 
     def __init__(
-        self, examples: Sequence[Example], name: str, negatives: int = 0, own_group_only: bool = False
+        self,
+        examples: Sequence[Example],
+        name: str,
+        negatives: int = 0,
+        own_group_only: bool = False,
+        rows: Sequence[int] | None = None,
     ) -> None:
         if negatives < 0:
             raise InputError(f"must be 0 or more, got {negatives}", field="negatives")
@@ -70,13 +77,14 @@ class PairDataset(Dataset[PairItem]):
                     "mine them (hard_negatives: bm25), add them to the file, or set negatives to 0"
                 )
         self.examples, self.name, self.negatives, self.own_group_only = examples, name, negatives, own_group_only
+        self.rows = range(len(examples)) if rows is None else rows
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.rows)
 
     def __getitem__(self, key: tuple[int, int]) -> PairItem:
         row, seed = key
-        return draw_pair(self.examples[row], self.negatives, seed, self.name, self.own_group_only)
+        return draw_pair(self.examples[self.rows[row]], self.negatives, seed, self.name, self.own_group_only)
 
 
 class MixedDataset(Dataset[PairItem]):

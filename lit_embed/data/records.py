@@ -42,7 +42,7 @@ class PairItem(TypedDict):
 
     ``passages`` holds the positive first, then the negatives. ``positive_ids`` names all known positives of the query,
     so that another query's passage among them is not taken for a negative. ``own_group_only`` says that the query is
-    contrasted with its own passages alone.
+    contrasted with its own passages alone. ``scores`` are a teacher's, one a passage, or ``None``.
     """
 
     query: str
@@ -53,6 +53,7 @@ class PairItem(TypedDict):
     own_group_only: bool
     dataset: str
     seed: int
+    scores: list[float] | None
 
 
 class TextItem(TypedDict):

@@ -90,6 +90,33 @@ def per_query_info_nce(
     return F.cross_entropy(logits, targets, reduction="none")
 
 
+def per_query_distillation(logits: Tensor, groups: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Contrastive distillation (BOOM, card section 2.4): every passage of a query is in turn the one to be found.
+
+    Member ``i`` of the group has the weight that the teacher's softmax over the group gives it; its cross-entropy is
+    that among all candidates but the members before it. With all the weight on member 0 it is InfoNCE.
+
+    Args:
+        logits: Scores divided by the temperature, ``(B, N)``.
+        groups: Long ``(B, G)``, columns of each query's own passages; a repeated one counts once, as the first.
+        teacher: Scores of the group's members ``(B, G)``, -inf = has no weight; the first of each row is finite.
+        mask: Bool ``(B, N)``, True = leave this candidate out; the group's own always stay.
+
+    Returns:
+        ``(B,)``, nats, float32.
+    """
+    logits = logits.float()
+    repeated = (groups[:, :, None] == groups[:, None, :]).tril(-1).any(2)
+    weights = teacher.float().masked_fill(repeated, -torch.inf).softmax(1)
+    removed = torch.zeros_like(logits, dtype=torch.bool) if mask is None else mask.scatter(1, groups, False)
+    losses = torch.zeros_like(logits[:, 0])
+    for columns, weight in zip(groups.split(1, dim=1), weights.unbind(1), strict=True):
+        candidates = logits.masked_fill(removed.scatter(1, columns, False), -torch.inf)
+        losses = losses + weight * F.cross_entropy(candidates, columns[:, 0], reduction="none")
+        removed = removed.scatter(1, columns, True)
+    return losses
+
+
 def symmetric_info_nce(
     queries: Tensor, passages: Tensor, temperature: float = 0.05, mask: Tensor | None = None, normalize: bool = True
 ) -> Tensor:

@@ -42,6 +42,8 @@ class PairBatch:
         positive_keys: Long ``(B, P)``, keys of all known positives of each query, padded with -1.
         own: Bool ``(B, N)``, True = the passage was drawn for this query.
         own_only: Bool ``(B,)``, True = this query is compared with its own passages alone.
+        groups: Long ``(B, G)``, numbers of each query's own passages, its positive first; rows are filled up with it.
+        teacher: Float ``(B, G)``, a teacher's scores of these, -inf where there is none; None without a teacher.
     """
 
     tokens: Tokens
@@ -51,6 +53,8 @@ class PairBatch:
     positive_keys: Tensor
     own: Tensor
     own_only: Tensor
+    groups: Tensor | None = None
+    teacher: Tensor | None = None
 
 
 @dataclass
@@ -112,7 +116,22 @@ class PairCollator:
             positive_keys=torch.tensor([known + [-1] * (widest - len(known)) for known in keys]),
             own=own,
             own_only=torch.tensor([bool(row["own_group_only"]) for row in rows]),
+            groups=_groups([[column[doc_id] for doc_id in row["passage_ids"]] for row in rows]),
+            teacher=_teacher([row.get("scores") for row in rows], max(len(row["passage_ids"]) for row in rows)),
         )
+
+
+def _groups(columns: Sequence[Sequence[int]]) -> Tensor:
+    widest = max(map(len, columns))
+    return torch.tensor([[*of, *[of[0]] * (widest - len(of))] for of in columns])
+
+
+def _teacher(scores: Sequence[Sequence[float] | None], widest: int) -> Tensor | None:
+    """Scores of rows of passages; a row without any says that the positive alone is right."""
+    if all(of is None for of in scores):
+        return None
+    rows = [[0.0] if of is None else of for of in scores]
+    return torch.tensor([[*of, *[-torch.inf] * (widest - len(of))] for of in rows])
 
 
 class LikelihoodCollator:

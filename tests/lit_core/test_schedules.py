@@ -74,7 +74,7 @@ def test_dataset_after_dataset_and_type_after_type() -> None:
 
 def test_stages_hold_the_batches_that_a_plain_loop_cuts() -> None:
     generator = random.Random(0)
-    for _ in range(20):
+    for _ in range(6):
         sizes = [generator.randint(12, 60) for _ in range(5)]
         sizes_by_name = {str(number): size for number, size in enumerate(sizes)}
         types = {name: generator.choice("xyz") for name in sizes_by_name}

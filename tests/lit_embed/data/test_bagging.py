@@ -68,16 +68,11 @@ def test_draws_depend_on_seed_name_and_member_alone() -> None:
     assert Bag(40, 1, 5).rows("a", 200).tolist() == base
     others = [Bag(40, 2, 5).rows("a", 200), Bag(40, 1, 6).rows("a", 200), Bag(40, 1, 5).rows("b", 200)]
     assert all(other.tolist() != base for other in others)
-    assert (
-        random_bits(3, 0, "a", "bag", 0).tolist()
-        == [  # pinned: members must not change with a release of numpy
-            int(x) for x in random_bits(1000, 0, "a", "bag", 0)[:3]
-        ]
-    )
+    assert random_bits(3, 0, "a", "bag", 0).tolist() == random_bits(1000, 0, "a", "bag", 0)[:3].tolist()
 
 
-def test_draws_are_pinned() -> None:
-    """By a plain implementation of Philox 4x64-10 over the hash of the names."""
+def test_draws_are_those_of_a_plain_generator() -> None:
+    """Philox 4x64-10 over the hash of the names: members must not change with a release of numpy."""
     from hashlib import blake2b
 
     mask = (1 << 64) - 1
@@ -111,7 +106,7 @@ def test_a_half_and_the_rest() -> None:
 
 
 def test_coverage_and_overlap_of_independent_members_by_monte_carlo() -> None:
-    size, trials = 500, 200
+    size, trials = 400, 100
     covered, overlap = [], []
     for seed in range(trials):
         drawn = [set(Bag(60, member, seed).rows("a", size).tolist()) for member in range(3)]
@@ -123,7 +118,7 @@ def test_coverage_and_overlap_of_independent_members_by_monte_carlo() -> None:
 
 
 def test_every_row_is_drawn_equally_often() -> None:
-    trials = 4000
+    trials = 1500
     counts = sum(np.bincount(Bag(30, 0, seed).rows("a", 10), minlength=10) for seed in range(trials))
     assert np.abs(np.asarray(counts) / trials - 0.3).max() < 4.5 * math.sqrt(0.3 * 0.7 / trials)
 

@@ -8,7 +8,9 @@ from lit_embed.functional.losses import (
     candidate_mask,
     info_nce,
     multiple_negatives_ranking,
+    per_query_distillation,
     per_query_info_nce,
+    similarity,
     symmetric_info_nce,
 )
 
@@ -124,3 +126,60 @@ def test_errors_name_the_value() -> None:
         info_nce(QUERIES, POSITIVES[:2])
     with pytest.raises(ValueError, match="query_to_passage"):
         multiple_negatives_ranking(QUERIES, POSITIVES, directions=("query_to_query",))
+
+
+def test_contrastive_loss_of_the_boom_card() -> None:
+    """B = 2, g = 2, temperature .02; the own-group variant agrees, as far negatives carry no weight."""
+    logits = torch.tensor([[0.80, 0.60, 0.10, 0.00], [0.20, 0.30, 0.70, 0.65]], dtype=torch.float64) / 0.02
+    groups, one_hot = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0.0, -math.inf]] * 2)
+    losses = per_query_distillation(logits, groups, one_hot)
+    torch.testing.assert_close(losses, torch.tensor([4.5399e-5, 0.0788897]), atol=1e-7, rtol=1e-4)
+    close(losses.mean(), 0.0394676)
+    strangers = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]]).bool()
+    torch.testing.assert_close(per_query_distillation(logits, groups, one_hot, strangers), losses, atol=1e-7, rtol=0)
+
+
+def test_distillation_of_the_boom_card() -> None:
+    logits, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.7, 0.3]]).log()
+    groups = torch.tensor([[0, 1]])
+    close(per_query_distillation(logits, groups, teacher)[0], 0.379303)
+    close(per_query_distillation(logits, groups, torch.tensor([[0.0, -math.inf]]))[0], 0.407606)
+    close(per_query_distillation(logits, groups, torch.tensor([[-100.0, 0.0]]))[0], 0.313262)  # of the others alone
+
+
+def test_distillation_equals_a_literal_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for batch, group, count in ((1, 1, 1), (3, 2, 9), (4, 5, 20)):
+        logits = torch.randn(batch, count, generator=generator, dtype=torch.float64)
+        teacher = torch.randn(batch, group, generator=generator, dtype=torch.float64)
+        groups = torch.stack([torch.randperm(count, generator=generator)[:group] for _ in range(batch)])
+        mask = torch.rand(batch, count, generator=generator) < 0.3
+        if group > 2:
+            groups[0, 2] = groups[0, 1]  # drawn twice: counts once
+        expected = []
+        for i in range(batch):
+            own: list[int] = []
+            for column in groups[i].tolist():
+                if column not in own:
+                    own.append(column)
+            shares = [math.exp(teacher[i, groups[i].tolist().index(column)]) for column in own]
+            left = [j for j in range(count) if not mask[i, j] or j in own]
+            loss = 0.0
+            for place, column in enumerate(own):
+                total = sum(math.exp(logits[i, j]) for j in left if j not in own[:place])
+                loss += shares[place] / sum(shares) * (math.log(total) - float(logits[i, column]))
+            expected.append(loss)
+        found = per_query_distillation(logits, groups, teacher, mask)
+        torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_distillation_with_all_weight_on_the_positive_is_info_nce() -> None:
+    passages = torch.cat([POSITIVES, NEGATIVES])
+    groups = torch.stack([torch.arange(3), torch.arange(3, 6)], dim=1)
+    logits = similarity(QUERIES, passages) / 0.05
+    teacher = torch.tensor([[0.0, -math.inf]] * 3)
+    torch.testing.assert_close(per_query_distillation(logits, groups, teacher), per_query_info_nce(QUERIES, passages))
+    logits = logits.requires_grad_()
+    per_query_distillation(logits, groups, teacher).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
