@@ -43,14 +43,18 @@ def read_pairs(
         InputError: The file is missing or empty, or a row is broken; the error names the line and the field.
     """
     path = Path(path)
-    if corpus is None and path.with_name("corpus.jsonl").is_file() and path.name != "corpus.jsonl":
-        corpus = path.with_name("corpus.jsonl")
-    reader = PairReader(path, corpus)
+    reader = PairReader(path, corpus_beside(path) if corpus is None else corpus)
     rows = track(islice(read_jsonl(path), limit), f"reading {path.name}", unit="row")
     examples = merge_examples(reader.parse(row, line) for line, row in rows)
     if not examples:
         raise InputError("the file has no rows", path)
     return examples
+
+
+def corpus_beside(path: Path) -> Path | None:
+    """Return ``corpus.jsonl`` beside a file, where it exists."""
+    beside = path.with_name("corpus.jsonl")
+    return beside if beside.is_file() and path != beside else None
 
 
 def read_id_corpus(path: Path | str) -> dict[str, str]:
