@@ -51,7 +51,8 @@ class PairDataset(Dataset[PairItem]):
         rows: Numbers of the examples to use, some perhaps more than once; by default all of them.
 
     Raises:
-        InputError: There are no examples, two have the same query, or negatives are asked for and an example has none.
+        InputError: There are no examples, two have the same query, one has no positive, or no negatives though some
+            are asked for.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class PairDataset(Dataset[PairItem]):
             if example.query in seen:
                 raise InputError(f"query '{example.query_id}' of '{name}' repeats the text of another; merge the two")
             seen.add(example.query)
+            if not example.positives:
+                raise InputError(f"query '{example.query_id}' of '{name}' has no positive; give it one or remove it")
             if negatives and not example.negatives:
                 raise InputError(
                     f"query '{example.query_id}' of '{name}' has no negatives but {negatives} are asked for; "

@@ -19,10 +19,14 @@ from lit_core.module import Method
 from lit_core.optim import Schedule
 from lit_core.sharding import average_gradients, gather_rows, rank
 from lit_core.stages import write_export
+from lit_embed.data.bagging import Bag
 from lit_embed.data.datamodule import RetrievalDataModule
+from lit_embed.data.families import FamiliesConfig
+from lit_embed.data.task_datamodule import TaskDataModule
 from lit_embed.data.text_datamodule import TextDataModule
 from lit_embed.data.world import WorldConfig
 from lit_embed.functional.losses import info_nce
+from lit_embed.methods.boom import Boom
 from lit_embed.methods.causal_lm import CausalLM
 from lit_embed.methods.dense import Dense
 from lit_embed.methods.llm_ql import LLMQL
@@ -30,6 +34,7 @@ from lit_embed.modules.batches import PairCollator, document_key
 from lit_embed.modules.tokenization import EncoderConfig
 
 WORLD = WorldConfig(documents=100, train_questions=40, dev_questions=9, test_questions=8, texts=40)
+FAMILIES = FamiliesConfig(rows=800, base_rows=20, test_queries=10)
 SHORT = EncoderConfig(query_length=24, passage_length=48, chunk_tokens=256)
 FINE = EncoderConfig(query_length=24, passage_length=48, chunk_tokens=40)  # chunks of a text or two: ranks differ
 LORA = Lora(r=4, dropout=0.0)
@@ -54,6 +59,10 @@ def likelihood(**settings: Any) -> Method:
     return _build(LLMQL, settings, encoder=SHORT, stage="query_likelihood")
 
 
+def boom(**settings: Any) -> Method:
+    return _build(Boom, settings, encoder=SHORT, temperature=0.1)
+
+
 def language_model(**settings: Any) -> Method:
     return _build(CausalLM, settings)
 
@@ -66,6 +75,8 @@ def data(module: Method, batch_size: int = 8) -> LightningDataModule:
     """The same global batches on any number of processes."""
     if isinstance(module, CausalLM):
         return TextDataModule(batch_size=batch_size // processes(), world=WORLD)
+    if isinstance(module, Boom):
+        return TaskDataModule(families=FAMILIES, bag=Bag(10), batch_size=batch_size // processes(), negatives=2)
     return RetrievalDataModule(batch_size=batch_size // processes(), world=WORLD, val_pairs=8)
 
 
@@ -140,7 +151,7 @@ def items(numbers: range) -> list[dict[str, Any]]:
     return [
         {"query": str(at), "query_id": str(at), "passages": list(drawn[at]), "passage_ids": list(drawn[at]),
          "positive_ids": [drawn[at][0], *(["d"] if at == 1 else [])], "own_group_only": at == 3, "dataset": "set",
-         "seed": 0}
+         "seed": 0, "scores": None if at == 4 else [1.0, 0.4 * at]}
         for at in numbers
     ]  # fmt: skip
 
@@ -156,7 +167,7 @@ class _Letters:
         )
 
 
-def gathered(split: int, **settings: Any) -> dict[str, Any]:
+def gathered(split: int, build: Callable[..., Method] = dense, **settings: Any) -> dict[str, Any]:
     """Loss and averaged gradient of a linear encoder; rank 0 holds the first ``split`` queries, rank 1 the others."""
     numbers = range(5) if processes() == 1 else (range(split), range(split, 5))[rank()]
     batch = PairCollator(_Letters())(items(numbers))  # type: ignore[arg-type]
@@ -164,8 +175,8 @@ def gathered(split: int, **settings: Any) -> dict[str, Any]:
     features = torch.randn(110, 6, generator=generator)
     weight = torch.nn.Parameter(torch.randn(6, 4, generator=generator))
     vectors = features[batch.tokens.ids] @ weight
-    module: Any = dense(**settings)
-    loss = module.contrastive_loss(vectors, batch)
+    module: Any = build(**settings)
+    loss = module.loss(vectors, batch)
     loss.backward()
     average_gradients([weight])
     mean = sum(gather_rows(loss.detach()[None]).tolist()) / processes()
@@ -219,6 +230,8 @@ def scenarios(folder: Path, untied: str) -> dict[str, Callable[[], dict[str, Any
         "ddp likelihood": ("ddp", likelihood),
         "ddp likelihood both": ("ddp", lambda: likelihood(loss_scope="document_and_query", lora=LORA)),
         "ddp language model": ("ddp", language_model),
+        "ddp boom": ("ddp", boom),
+        "ddp boom cached": ("ddp", lambda: boom(grad_cache=True, encoder=FINE)),
         "fsdp": ("fsdp", dense),
         "fsdp uneven chunks": ("fsdp", lambda: dense(encoder=FINE)),
         "fsdp cached": ("fsdp", lambda: dense(grad_cache=True, encoder=FINE)),
@@ -239,10 +252,12 @@ def scenarios(folder: Path, untied: str) -> dict[str, Callable[[], dict[str, Any
     }
     for split in (2, 3, 4):
         found[f"gathered {split}"] = lambda split=split: gathered(split)
+        found[f"gathered distilled {split}"] = lambda split=split: gathered(split, boom, distillation=True)
         found[f"gathered symmetric {split}"] = lambda split=split: gathered(split, symmetric=True, matryoshka=[2])
     found |= {
         "gathered without gradient": gathered_without_gradient,
         "ddp validation": lambda: validate(dense(), folder, "ddp"),
+        "ddp boom validation": lambda: validate(boom(), folder, "ddp"),
         "fsdp validation": lambda: validate(dense(encoder=FINE), folder, "fsdp"),
         "ddp ranking": lambda: rank_tests(likelihood(rerank_top_k=5), folder, "ddp"),
         "fsdp ranking": lambda: rank_tests(likelihood(rerank_top_k=5, encoder=FINE), folder, "fsdp"),

@@ -27,6 +27,8 @@ FITS = [
     "ddp likelihood",
     "ddp likelihood both",
     "ddp language model",
+    "ddp boom",
+    "ddp boom cached",
     "fsdp",
     "fsdp uneven chunks",
     "fsdp cached",
@@ -36,7 +38,7 @@ FITS = [
     "fsdp language model",
 ]
 RESUMED = ["fsdp resumed", "fsdp adapters resumed"]
-GATHERED = [f"gathered{kind} {split}" for kind in ("", " symmetric") for split in (2, 3, 4)]
+GATHERED = [f"gathered{kind} {split}" for kind in ("", " symmetric", " distilled") for split in (2, 3, 4)]
 
 
 class Runs:
@@ -123,6 +125,14 @@ def test_metrics_inside_the_loop_are_those_of_one_process(runs: Runs, strategy: 
     retrieval = {key: value for key, value in one["metrics"].items() if key != "val/loss"}
     _same({key: two["metrics"][key] for key in retrieval}, retrieval)
     assert 0 < float(retrieval["val/ndcg@10"]) < 1
+
+
+def test_scores_of_tasks_are_those_of_one_process(runs: Runs) -> None:
+    two, one = runs("ddp boom validation")
+    assert {"val/mean_task", "val/in_domain", "val/out_of_domain", "val/travel-retrieval/ndcg@10"} <= one[
+        "metrics"
+    ].keys()
+    _same(two["metrics"], one["metrics"], tolerance=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -8,7 +8,7 @@ from typing import Any
 import distributed_worker as worker
 import pytest
 import torch
-from distributed_worker import LORA, SHORT, dense, language_model, likelihood
+from distributed_worker import LORA, SHORT, boom, dense, language_model, likelihood
 
 from lit_core.backbones import Lora
 from lit_core.module import Method
@@ -35,6 +35,7 @@ RESUMED: dict[str, Callable[[], Method]] = {
     "likelihood": lambda: likelihood(direction="both", corruption_unit="token"),
     "likelihood, adapters": lambda: likelihood(lora=DROPPING),
     "language model": language_model,
+    "several tasks": lambda: boom(lora=DROPPING),
 }
 
 
