@@ -237,9 +237,8 @@ class TaskDataModule(EncodingDataModule):
     def _sources_of(self, path: str) -> list[Any]:
         if path == "families":
             return [FamiliesSource(self.families, self.base)]
-        return list(
-            sources_of(path, self.task_instructions, self.held_out, self.limit, self.split_seed, self.beir)
-        )  # fmt: skip
+        said = self.task_instructions if self.instructions else None
+        return list(sources_of(path, said, self.held_out, self.limit, self.split_seed, self.beir))
 
     def _train_sets(self) -> tuple[list[TaskSet], list[PairDataset], dict[str, Any]]:
         """The sets that are left after all filters, their datasets, and the manifest of their rows."""

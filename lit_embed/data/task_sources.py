@@ -106,6 +106,7 @@ class FileSource:
         held_out: Evaluate on it alone.
         limit: Read this many rows at most.
         seed: Seed of what is held out.
+        instructions: False leaves all instructions out.
     """
 
     path: Path
@@ -113,6 +114,7 @@ class FileSource:
     held_out: bool = False
     limit: int | None = None
     seed: int = 0
+    instructions: bool = True
 
     @cached_property
     def _read(self) -> tuple[TrainTask, int | None]:
@@ -122,6 +124,7 @@ class FileSource:
             raise InputError(f"must be a whole number of at least 1, got {size!r}", self.path, field="batch_size")
         own = any(name.endswith(OWN_GROUP_SUFFIX) for name in (self.path.stem, self.path.resolve().parent.name))
         instruction, symmetric = str(shared.get("prompt", self.instruction)), "symmetric" in kind
+        instruction = instruction if self.instructions else ""
         task = TrainTask(self.path.stem, type_of(kind), examples, own, symmetric, instruction, size)
         return task, 1 if kind == "only_1neg" else None
 
@@ -144,7 +147,7 @@ class FileSource:
 
 def sources_of(
     path: str,
-    instructions: Mapping[str, str],
+    instructions: Mapping[str, str] | None,
     held_out: list[str],
     limit: int | None,
     seed: int,
@@ -154,7 +157,7 @@ def sources_of(
 
     Args:
         path: Folder or file.
-        instructions: Instruction by name of folder or file.
+        instructions: Instruction by name of folder or file; None leaves all out, those of rows too.
         held_out: Names of what is evaluated on alone.
         limit: Rows read of a file at most.
         seed: Seed of what is held out.
@@ -163,14 +166,15 @@ def sources_of(
     Raises:
         InputError: It is neither.
     """
-    kind, place = kind_of(path), Path(path)
+    kind, place, by_name = kind_of(path), Path(path), instructions or {}
     if kind == "beir":
         source = BeirSource(path, **beir, seed=seed)
-        return [FolderSource(source, instructions.get(source.name, ""), source.name in held_out)]
+        return [FolderSource(source, by_name.get(source.name, ""), source.name in held_out)]
     files = [place] if kind == "jsonl" else sorted(place.glob("*.jsonl")) if place.is_dir() else []
     if not files:
         raise InputError("is neither 'families' nor a BEIR folder, a JSONL file or a folder of JSONL files", path)
-    return [FileSource(f, instructions.get(f.stem, ""), f.stem in held_out, limit, seed) for f in files]
+    said = instructions is not None
+    return [FileSource(f, by_name.get(f.stem, ""), f.stem in held_out, limit, seed, said) for f in files]
 
 
 def read_task_rows(path: Path, limit: int | None = None) -> tuple[list[Example], dict[str, Any]]:

@@ -86,15 +86,25 @@ def write_rows(path: Path, count: int, **fields: Any) -> str:
     return str(path)
 
 
+def write_sets(folder: Path, own_batch: int) -> list[str]:
+    """90, 46, 36 and 18 rows are left for training of 100, 50, 40 and 20."""
+    return [
+        write_rows(folder / "big.jsonl", 100, prompt="Find it"),
+        write_rows(folder / "like.jsonl", 50, type="symmetric_sts", prompt="Same"),
+        write_rows(folder / "labels_no_in_batch_neg.jsonl", 40, type="symmetric_class", batch_size=own_batch),
+        write_rows(folder / "small.jsonl", 20, type="only_1neg"),
+    ]
+
+
 @pytest.fixture
 def paths(tmp_path: Path) -> list[str]:
-    """90, 45, 36 and 18 rows are left for training of 100, 50, 40 and 20."""
-    return [
-        write_rows(tmp_path / "big.jsonl", 100, prompt="Find it"),
-        write_rows(tmp_path / "like.jsonl", 50, type="symmetric_sts", prompt="Same"),
-        write_rows(tmp_path / "labels_no_in_batch_neg.jsonl", 40, type="symmetric_class", batch_size=6),
-        write_rows(tmp_path / "small.jsonl", 20, type="only_1neg"),
-    ]
+    return write_sets(tmp_path, 6)
+
+
+@pytest.fixture
+def row_by_row(tmp_path: Path) -> list[str]:
+    """Sets that leave no row out at a batch size of 1."""
+    return write_sets(tmp_path, 2)
 
 
 def test_files_are_read_as_flag_embedding_means_them(paths: list[str]) -> None:
@@ -170,9 +180,9 @@ def test_stages_by_filter_and_order(paths: list[str]) -> None:
     assert list(dict.fromkeys(fit(named).sets)) == ["small", "like"]
 
 
-def test_members_are_lists_of_rows(paths: list[str]) -> None:
+def test_members_are_lists_of_rows(row_by_row: list[str]) -> None:
     def drawn(**bag: Any) -> dict[str, list[str]]:
-        data = TaskDataModule(path=paths, batch_size=1, negatives=1, bag=Bag(**bag))
+        data = TaskDataModule(path=row_by_row, batch_size=1, negatives=1, bag=Bag(**bag))
         found: dict[str, list[str]] = {}
         for batch in fit(data).batches:
             for item in batch:
@@ -192,10 +202,10 @@ def test_members_are_lists_of_rows(paths: list[str]) -> None:
     assert drawn(ratio=50, seed=1) != half
 
 
-def test_new_sets_and_the_core_of_the_old(paths: list[str]) -> None:
+def test_new_sets_and_the_core_of_the_old(row_by_row: list[str]) -> None:
     def rows(part: Any, new: Any) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
-        data = TaskDataModule(path=paths, batch_size=1, negatives=1, part=part, new=new)
+        data = TaskDataModule(path=row_by_row, batch_size=1, negatives=1, part=part, new=new)
         for batch in fit(data).batches:
             for item in batch:
                 found.setdefault(item["dataset"], set()).add(item["query"])
@@ -225,7 +235,7 @@ def test_new_sets_and_the_core_of_the_old(paths: list[str]) -> None:
 
 def test_every_text_is_encoded_once(paths: list[str]) -> None:
     data = TaskDataModule(path=[*paths, "families"], families=FAMILIES, batch_size=8, negatives=1, held_out=["small"])
-    module = fit(data, limit_val_batches=1.0, max_steps=1)
+    module = fit(data, limit_val_batches=1.0, limit_train_batches=1)
     evaluation = data.evaluation("validate")
     assert {task.name for task, _, _ in evaluation} >= {"big", "like", "small", "travel-retrieval", "court-sts"}
     assert {task.name for task, _, _ in evaluation if task.domain == "out" and "-" not in task.name} == {"small"}
@@ -318,7 +328,7 @@ def test_a_set_smaller_than_a_batch_makes_smaller_ones(tmp_path: Path) -> None:
         ({"batch_size": 0}, "field 'batch_size': must be at least 1, got 0"),
         ({"negatives": -1}, "field 'negatives'"),
         ({"path": []}, "field 'path': needs at least one path"),
-        ({"path": "no/such/folder"}, "is neither 'families' nor a BEIR folder"),
+        ({"path": "hub/name"}, "is neither 'families' nor a BEIR folder"),
         ({"path": "../no/such/file.jsonl"}, "no such file or folder"),
         ({"part": "old"}, "field 'new': part 'old' needs to know what arrives later"),
         ({"part": "late", "new": ["big"]}, "field 'part': must be one of all, old, new, core, core+new, got 'late'"),
