@@ -13,7 +13,16 @@ from lit_core.export import new_folder
 from lit_core.files import write_json
 from lit_core.merging.chunks import CHUNK_BYTES, Stack
 from lit_core.merging.methods import method_of
-from lit_core.merging.model_folder import INDEX, MANIFEST, WEIGHTS, ModelFolder, check_configs, copy_rest, set_dtype
+from lit_core.merging.model_folder import (
+    INDEX,
+    MANIFEST,
+    WEIGHTS,
+    ModelFolder,
+    check_configs,
+    check_type,
+    copy_rest,
+    set_dtype,
+)
 from lit_core.merging.states import check_chunk_bytes, check_keys, floating_type, merged_parts, merged_type
 from lit_core.merging.tensor_file import TensorSpec, write_tensors
 from lit_core.report import versions
@@ -66,6 +75,7 @@ def merge_folders(
         root = None if base is None else stack.enter_context(ModelFolder(Path(base)))
         like = models[0] if root is None or root.parts != models[0].parts else root
         for model in [*models, *([] if root is None else [root])]:
+            check_type(like, model)
             check_keys(like.tensors.keys(), model.tensors.keys(), str(model.path))
             check_configs(like, model)
         specs: dict[str, list[TensorSpec]] = {part: [] for part in like.parts}
