@@ -50,10 +50,9 @@ def run(args: Sequence[str]) -> None:
             _write_drift(measured, output.with_name(f"{output.name}.drift"))
     except OSError as error:
         raise InputError(f"cannot be read or written ({error.strerror})", error.filename) from None
-    kind = "adapter" if adapters else "model"
-    count = f"{len(given.models)} {kind}{'s' if len(given.models) > 1 else ''}"
-    notes = f"; it has notes on {len(told['notes'])} of them" if told["notes"] else ""
-    print(f"merged {count} by {given.method}: {given.output} ({Path(given.output, 'merge.json')} says how{notes})")
+    count = _count(len(given.models), "adapter" if adapters else "model")
+    notes = f"; it has notes on {_count(len(told['notes']), 'tensor')}" if told["notes"] else ""
+    print(f"merged {count} by {given.method}: {given.output} ({given.output / 'merge.json'} says how{notes})")
 
 
 def method_options(rest: Sequence[str]) -> dict[str, Any]:
@@ -75,6 +74,10 @@ def method_options(rest: Sequence[str]) -> dict[str, Any]:
             value = left.pop(0)
         found[name] = _value(value)
     return found
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _value(text: str) -> Any:
