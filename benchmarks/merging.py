@@ -31,7 +31,7 @@ QUICK = {**SIZES, "layers": 2, "vocabulary": 16_000}
 MODELS, DRIFT = 5, 0.02
 METHODS: dict[str, dict[str, Any]] = {"linear": {}, "multislerp": {"space": "weight"}, "ties": {"density": 0.2}}
 BUDGET = 1.5  # of the memory that chunks may take
-SPEED = 0.3  # least share of the copy's speed, for the linear merge
+SPEED = 0.6  # least share of the copy's speed, for the linear merge
 BLOCK = 2**20
 
 

@@ -21,6 +21,19 @@ SCALES = ("smoke", "tiny", "paper")
 
 
 @dataclass(frozen=True)
+class Verb:
+    """A verb that only one experiment has.
+
+    Args:
+        call: ``module:function`` that takes the arguments after the verb, a list of strings.
+        usage: Lines for help: flags, and what it does.
+    """
+
+    call: str
+    usage: str
+
+
+@dataclass(frozen=True)
 class Spec:
     """What the command line knows of an experiment before anything heavy is imported.
 
@@ -37,6 +50,7 @@ class Spec:
             excepted, which has a report of its own; each is built with the run's folder.
         recorders: The same for all runs.
         aliases: Other names of flags, as papers call the same thing by several.
+        verbs: Further verbs by name.
     """
 
     name: str
@@ -49,6 +63,7 @@ class Spec:
     callbacks: tuple[str, ...] = ()
     recorders: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    verbs: Mapping[str, Verb] = field(default_factory=dict)
 
     def configs(self, scale: str, stage: str | None = None) -> list[Path]:
         """Configuration files of a scale and stage, to be laid over one another in this order."""
@@ -121,18 +136,23 @@ def _verb(spec: Spec, verb: str, args: list[str]) -> None:
         if stage is not None and stage not in spec.stages:
             raise InputError(f"--stage takes {', '.join(spec.stages) or 'nothing here'}, got '{stage}'")
         run_verb(spec, verb, rest, scale or "tiny", stage)
+    elif verb in spec.verbs:
+        load(spec.verbs[verb].call)(args)
     else:
-        verbs = ", ".join(("reproduce", *TRAINER_VERBS, "export"))
+        verbs = ", ".join(("reproduce", *TRAINER_VERBS, "export", *spec.verbs))
         raise InputError(f"unknown verb '{verb}'; use one of {verbs}")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, as all are."""
+
     def error(self, message: str) -> Any:
+        """Raise instead of leaving the process."""
         raise InputError(message)
 
 
 def _reproduce_parser(spec: Spec) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         f"python -m experiments.{spec.name} reproduce", description=spec.summary, allow_abbrev=False,
         epilog="--model.*, --data.* and --trainer.* are handed to every fit.",
     )  # fmt: skip
@@ -146,7 +166,7 @@ def _reproduce_parser(spec: Spec) -> argparse.ArgumentParser:
 
 
 def _export_parser(spec: Spec) -> argparse.ArgumentParser:
-    parser = _Parser(f"python -m experiments.{spec.name} export", allow_abbrev=False)
+    parser = Parser(f"python -m experiments.{spec.name} export", allow_abbrev=False)
     parser.add_argument("--ckpt_path", type=Path, help="checkpoint, a file or the folder of a sharded one")
     parser.add_argument("--backbone", help="instead of a checkpoint: preset, folder or hub id, untrained")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
@@ -201,6 +221,7 @@ def quieten() -> None:
 
 
 def _help(spec: Spec) -> str:
+    more = "".join(f"\n  {name} {verb.usage}" for name, verb in spec.verbs.items())
     stages = f"\n  fit --stage NAME       one stage alone: {', '.join(spec.stages)}" if spec.stages else ""
     return f"""{spec.summary}
 
@@ -211,7 +232,7 @@ usage: python -m experiments.{spec.name} [verb] [flags]
   fit                    train, then evaluate on the test split{stages}
   validate | test | predict
                          evaluate, or write vectors or responses; --ckpt_path FILE for a trained model
-  export --ckpt_path FILE --output DIR [--form merged|adapter]
+  export --ckpt_path FILE --output DIR [--form merged|adapter]{more}
 
 flags of fit, validate, test, predict (see `fit --help` for all):
   --model.backbone ID    preset (tiny-qwen3, nano-qwen3, tiny-llama, tiny-bert, tiny-qwen2-vl), local folder, or hub id

@@ -15,6 +15,16 @@ from lit_core.presets import is_preset
 ExportForm = Literal["merged", "adapter"]
 
 
+def check_free(output: Path) -> None:
+    """Refuse to write a folder where there is something.
+
+    Raises:
+        InputError: There is something at ``output`` already.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError("the output folder exists and is not empty; name another", output)
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """Yield a folder beside ``output`` to fill; it becomes ``output`` when the block ends without an error.
@@ -22,8 +32,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         InputError: There is something at ``output`` already.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError("the output folder exists and is not empty; name another", output)
+    check_free(output)
     beside = output.with_name(f".{output.name}.tmp")
     rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)

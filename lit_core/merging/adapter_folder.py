@@ -65,6 +65,8 @@ class Adapter:
     """
 
     def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise InputError("there is no such folder", path)
         if not (path / CONFIG).is_file():
             raise InputError(f"is no adapter: it has no {CONFIG}", path)
         if not (path / ADAPTER).is_file():

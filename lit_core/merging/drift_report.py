@@ -19,7 +19,7 @@ from lit_core.errors import InputError
 from lit_core.merging.chunks import CHUNK_BYTES, Entries, Stack, TensorEntries
 from lit_core.merging.method import check_choice
 from lit_core.merging.model_folder import ModelFolder
-from lit_core.merging.states import State, check_chunk_bytes, check_keys, first_names, merged_type
+from lit_core.merging.states import State, check_bytes, check_keys, first_names, merged_type
 from lit_core.progress import track
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def drift(
     Raises:
         InputError: No model, a folder is none, or names and shapes do not fit.
     """
-    check_chunk_bytes(chunk_bytes)
+    check_bytes("chunk_bytes", chunk_bytes)
     named = models if isinstance(models, Mapping) else dict(zip(_names(models), models, strict=True))
     if not named:
         raise InputError("need at least one model", field="models")

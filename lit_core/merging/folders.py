@@ -1,5 +1,6 @@
 """Merging model folders, in memory that grows neither with their sizes nor with their number."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -13,8 +14,17 @@ from lit_core.export import new_folder
 from lit_core.files import write_json
 from lit_core.merging.chunks import CHUNK_BYTES, Stack
 from lit_core.merging.methods import method_of
-from lit_core.merging.model_folder import INDEX, MANIFEST, WEIGHTS, ModelFolder, check_configs, copy_rest, set_dtype
-from lit_core.merging.states import check_chunk_bytes, check_keys, floating_type, merged_parts, merged_type
+from lit_core.merging.model_folder import (
+    INDEX,
+    MANIFEST,
+    WEIGHTS,
+    ModelFolder,
+    check_configs,
+    check_type,
+    copy_rest,
+    set_dtype,
+)
+from lit_core.merging.states import check_bytes, check_keys, floating_type, merged_parts, merged_type
 from lit_core.merging.tensor_file import TensorSpec, write_tensors
 from lit_core.report import versions
 
@@ -60,12 +70,14 @@ def merge_folders(
     chosen = method_of(method, options)
     factors = chosen.check(len(folders), weights, base is not None)
     wanted = floating_type(dtype)
-    check_chunk_bytes(chunk_bytes)
+    check_bytes("chunk_bytes", chunk_bytes)
+    check_bytes("shard_bytes", shard_bytes)
     with ExitStack() as stack:
         models = [stack.enter_context(ModelFolder(Path(folder))) for folder in folders]
         root = None if base is None else stack.enter_context(ModelFolder(Path(base)))
         like = models[0] if root is None or root.parts != models[0].parts else root
         for model in [*models, *([] if root is None else [root])]:
+            check_type(like, model)
             check_keys(like.tensors.keys(), model.tensors.keys(), str(model.path))
             check_configs(like, model)
         specs: dict[str, list[TensorSpec]] = {part: [] for part in like.parts}
@@ -79,7 +91,8 @@ def merge_folders(
 
         def merged(spec: TensorSpec) -> Iterator[Tensor]:
             entries = [model.tensors[spec.name] for model in models]
-            chunks = Stack(spec.name, entries, None if root is None else root.tensors[spec.name], chunk_bytes)
+            like_base = None if root is None else root.tensors[spec.name]
+            chunks = Stack(spec.name, entries, like_base, chunk_bytes, result=spec.dtype, ahead=True)
             yield from merged_parts(chunks, chosen, factors)
             if chunks.notes:
                 notes[spec.name] = chunks.notes
@@ -96,11 +109,20 @@ def merge_folders(
             "base": None if root is None else root.describe(),
             "models": [model.describe() for model in models],
             "files_from": str(like.path),
+            "dtypes": {
+                "before": [_type_counts(model.tensors.values()) for model in models],
+                "after": _type_counts(spec for part in specs.values() for spec in part),
+            },
             "notes": notes,
             "versions": versions(),
         }
         write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _type_counts(tensors: Iterable[TensorSpec]) -> dict[str, int]:
+    """How many tensors have each type."""
+    return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
 
 
 def _write(

@@ -100,8 +100,14 @@ class Combination(Method):
         yield from stack.combine(found, of_deltas)
 
 
-def check_zero(gram: Tensor, on_zero: OnZero) -> None:
-    """Refuse vectors that are zero where they are not wanted.
+def check_zero(gram: Tensor, on_zero: OnZero, note: Callable[[str], None], done: str) -> None:
+    """Refuse vectors that are zero where they are not wanted, or tell of them unless all are.
+
+    Args:
+        gram: Dot products ``(models, models)``.
+        on_zero: ``error`` refuses them.
+        note: Called with which they are.
+        done: What is done about them.
 
     Raises:
         InputError: ``on_zero`` is ``error``, and a dot product of a vector with itself is 0.
@@ -109,6 +115,8 @@ def check_zero(gram: Tensor, on_zero: OnZero) -> None:
     zero = (gram.diagonal() == 0).nonzero().flatten().tolist()
     if zero and on_zero == "error":
         raise InputError(f"is zero in models {zero} (from 0), and so has no direction", field="on_zero")
+    if 0 < len(zero) < len(gram):
+        note(f"is zero in models {zero} (from 0): {done}")
 
 
 def check_range(name: str, value: float, low: float, high: float, open_low: bool = True) -> None:

@@ -14,7 +14,7 @@ from lit_core.merging.tensor_file import FileTensor, TensorFile
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MANIFEST = "merge.json"
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
-SAME = ("model_type", "tie_word_embeddings")  # fields of a configuration that have to be equal
+SAME = ("tie_word_embeddings",)  # fields of a configuration that have to be equal
 SAME_IF_BOTH = ("num_attention_heads", "num_key_value_heads", "hidden_act")  # no shape of a tensor tells of them
 TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several
 
@@ -36,6 +36,8 @@ class ModelFolder:
     """
 
     def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise InputError("there is no such folder", path)
         self.path = path
         self.parts = list(module_folders(path))
         configs = [file for part in self.parts if (file := path / part / "config.json").is_file()]
@@ -129,8 +131,19 @@ def copy_rest(path: Path, folder: Path) -> None:
                 shutil.copyfile(source, folder / part / source.name)
 
 
+def check_type(like: ModelFolder, other: ModelFolder) -> None:
+    """Refuse a model of another architecture, before its tensors are compared by name.
+
+    Raises:
+        InputError: They are not of the same type.
+    """
+    one, two = (folder.config.get("model_type") for folder in (like, other))
+    if one != two:
+        raise InputError(f"is {two}, but {one} in {like.path}", other.path / "config.json", field="model_type")
+
+
 def check_configs(like: ModelFolder, other: ModelFolder) -> None:
-    """Refuse a model of another architecture, or one whose tokenizer gives other ids.
+    """Refuse a model that computes otherwise with the same tensors, or one whose tokenizer gives other ids.
 
     Raises:
         InputError: So it is; the error names the field.

@@ -48,7 +48,7 @@ class ModelStock(Combination):
 
     def coefficients(self, gram: Tensor, weights: Sequence[float], note: Callable[[str], None]) -> list[float]:
         """``t / N`` for each model."""
-        check_zero(gram, self.on_zero)
+        check_zero(gram, self.on_zero, note, "they were left out of the mean cosine")
         count, cosine = len(gram), mean_cosine(gram)
         if cosine is None:
             if bool(gram.any()):  # a tensor that no model changed is nothing to speak of

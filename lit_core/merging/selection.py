@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 WHOLE = {torch.float32: (torch.int32, 32), torch.float64: (torch.int64, 64)}
 DIGIT = 16  # bits that one pass settles
-GROUP = 4  # rows that are counted in the same pass; each needs 256 KiB
+GROUP = 8  # rows that are counted in the same pass; each needs 256 KiB
 
 
 class Selection:
@@ -32,6 +33,7 @@ class Selection:
     ) -> None:
         self.equal, high = list(counts), [0] * len(counts)  # high: bits of the threshold that are settled
         whole, bits = WHOLE[dtype]
+        self.dtype = dtype
         counter = torch.int32 if numel < 2**31 else torch.int64
         for first in range(0, len(counts), GROUP):
             rows = range(first, min(first + GROUP, len(counts)))
@@ -41,11 +43,12 @@ class Selection:
                 for chunk in chunks(slice(rows.start, rows.stop)):
                     if seen is None:
                         seen = torch.zeros(len(rows), 2**DIGIT, dtype=counter, device=chunk.device)
-                        ones = seen.new_ones(chunk.shape[1])  # no chunk is longer than the first
                     for row, codes in enumerate(chunk.view(whole)):
-                        kept = codes if above == bits else codes[codes >> above == high[rows[row]]]
-                        digits = (kept >> shift) & (2**DIGIT - 1)
-                        seen[row].scatter_add_(0, digits.long(), ones[: len(digits)])
+                        if above == bits:  # the sign is 0, so that these digits are not negative
+                            _count(codes >> shift, seen[row])
+                        else:
+                            kept = codes[places(codes >> above, high[rows[row]])]
+                            _count((kept >> shift) & (2**DIGIT - 1), seen[row])
                 assert seen is not None  # there is an entry to select
                 for row, histogram in zip(rows, seen.cpu(), strict=True):
                     from_top = histogram.long().flip(0).cumsum(0)
@@ -59,15 +62,59 @@ class Selection:
         left = list(self.equal)
 
         def mark(chunk: Tensor) -> Tensor:
-            thresholds = self.thresholds.to(chunk.device)
-            mask, equal = chunk > thresholds, chunk == thresholds
-            for row in equal.any(1).nonzero().flatten().tolist():
-                first = equal[row] & (equal[row].cumsum(0) <= left[row])
-                left[row] -= int(first.sum())
-                mask[row] |= first
+            mask = chunk > self.thresholds.to(chunk.device)
+            for row, least in enumerate(self.thresholds.flatten().tolist()):
+                if left[row]:
+                    equal = places(chunk[row], least)[: left[row]]
+                    mask[row, equal] = True
+                    left[row] -= len(equal)
             return mask
 
         return mark
+
+    def trimmer(self) -> Callable[[Tensor], Tensor]:
+        """The same for numbers of any sign, in place: their sizes are selected, and the others become 0.
+
+        Numbers of another type than the selection's are as large as they are in its type.
+        """
+        left, mark = list(self.equal), self.marker()
+        below = torch.nextafter(self.thresholds, torch.zeros_like(self.thresholds)).flatten().tolist()
+
+        def trim(chunk: Tensor) -> Tensor:
+            if chunk.dtype != self.dtype:
+                return chunk.mul_(mark(chunk.to(self.dtype).abs_()))
+            for row, least in enumerate(self.thresholds.flatten().tolist()):
+                limit, values = least, chunk[row]
+                if left[row]:  # all of those that are equal, but for some of the last chunk that has any
+                    equal = places(values.abs(), least)
+                    values[equal[left[row] :]] = 0.0
+                    left[row] -= min(left[row], len(equal))
+                    limit = below[row]
+                torch.hardshrink(values, limit, out=values)  # several times as fast as a mask
+            return chunk
+
+        return trim
+
+
+def places(values: Tensor, number: float) -> Tensor:
+    """Where numbers equal one, in order; NumPy is several times as fast here as torch is on a CPU.
+
+    Args:
+        values: Numbers ``(n,)``.
+        number: The one.
+    """
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(values.numpy() == number))
+    return (values == number).nonzero().flatten()
+
+
+def _count(digits: Tensor, seen: Tensor) -> None:
+    """Add to a histogram how often each number occurs."""
+    if len(digits) > len(seen):
+        found = torch.bincount(digits)
+        seen[: len(found)] += found
+    else:
+        seen.scatter_add_(0, digits.long(), seen.new_ones(len(digits)))
 
 
 def share_of(count: int, share: float) -> int:

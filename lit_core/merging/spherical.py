@@ -137,7 +137,7 @@ class Spherical(Combination):
         self, gram: Tensor, weights: Sequence[float], note: Callable[[str], None], iterations: int, tolerance: float
     ) -> list[float]:
         """A mean on the sphere, or the linear mean where there is none."""
-        check_zero(gram, self.on_zero)
+        check_zero(gram, self.on_zero, note, "they count in the mean length alone")
         parts = shares(weights)
         found = mean_coefficients(gram, parts, iterations, tolerance)
         if found is None and bool(gram.any()):  # a tensor that is zero everywhere is nothing to speak of
@@ -171,7 +171,7 @@ class Slerp(Spherical):
 
     def coefficients(self, gram: Tensor, weights: Sequence[float], note: Callable[[str], None]) -> list[float]:
         """Of :func:`slerp_coefficients`."""
-        check_zero(gram, self.on_zero)
+        check_zero(gram, self.on_zero, note, "they were interpolated on the line")
         return slerp_coefficients(gram, weights).tolist()
 
 

@@ -25,8 +25,9 @@ def merge(
 ) -> dict[str, Tensor]:
     """Merge state dicts of models of one architecture.
 
-    Sums are taken in float64, on the device of the first model. Integers and Booleans have to be equal in all models.
-    Tensors that are tied in the base, or the first model, are merged once and tied again.
+    Sums are taken in float64, or over models in float32 where nothing has more than 16 bits, on the device of the first
+    model. Integers and Booleans have to be equal in all models. Tensors that are tied in the base, or the first model,
+    are merged once and tied again.
 
     Args:
         models: State dicts with the same names, shapes and types.
@@ -48,7 +49,7 @@ def merge(
     chosen = method_of(method, options)
     factors = chosen.check(len(models), weights, base is not None)
     wanted = floating_type(dtype)
-    check_chunk_bytes(chunk_bytes)
+    check_bytes("chunk_bytes", chunk_bytes)
     like = models[0] if base is None else base
     others = {f"model {number}": model for number, model in enumerate(models)} | (
         {} if base is None else {"base": base}
@@ -69,7 +70,7 @@ def merge(
         device = models[0][key].device
         out = torch.empty(models[0][key].shape, dtype=merged_type(key, rows, root, wanted), device=device)
         flat, start = out.view(-1), 0
-        stack = Stack(key, rows, root, chunk_bytes, device)
+        stack = Stack(key, rows, root, chunk_bytes, device, out.dtype)
         for part in merged_parts(stack, chosen, factors):
             flat[start : start + len(part)].copy_(part)
             start += len(part)
@@ -89,14 +90,14 @@ def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def check_chunk_bytes(chunk_bytes: int) -> None:
-    """Refuse chunks of nothing.
+def check_bytes(name: str, count: int) -> None:
+    """Refuse chunks or files of nothing.
 
     Raises:
         InputError: Fewer than one byte.
     """
-    if chunk_bytes < 1:
-        raise InputError(f"must be at least 1, got {chunk_bytes}", field="chunk_bytes")
+    if count < 1:
+        raise InputError(f"must be at least 1, got {count}", field=name)
 
 
 def check_keys(wanted: Collection[str], found: Collection[str], name: str) -> None:

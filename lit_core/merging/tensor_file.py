@@ -7,6 +7,7 @@ read counts as memory of the process until it ends, and its writer takes whole t
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ class TensorFile:
             self._stream = path.open("rb", buffering=0)
         except OSError as error:
             raise InputError(f"cannot be read ({error.strerror})", path) from None
+        if hasattr(os, "posix_fadvise"):  # the kernel then reads further ahead
+            os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         try:
             self.tensors = self._parse()
         except (ValueError, TypeError, KeyError, AttributeError) as error:

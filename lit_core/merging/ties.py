@@ -46,10 +46,12 @@ def agreed_sum(deltas: Tensor, weights: Sequence[float], normalize: bool, consen
         agree = agreeing(deltas)
         total = deltas.mul_(column).mul_(agree).sum(0)
         return total / agree.sum(0).clamp(min=1) if normalize else total
-    agree = agreeing(deltas.mul_(column))
-    total = deltas.mul_(agree).sum(0)
+    votes = deltas.mul_(column)
+    elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0).to(votes.dtype)
+    agreed = votes.mul_(elected).clamp_(min=0)  # without a mask, which costs as much as all the rest
+    total = agreed.sum(0).mul_(elected)
     if normalize:
-        counted = torch.mul(agree, column, out=deltas).sum(0)
+        counted = agreed.sign_().mul_(column).sum(0)
         total /= torch.where(counted.abs() < 1e-8, 1.0, counted)
     return total
 
@@ -90,14 +92,13 @@ class Ties(Method):
         """Two passes for the thresholds (four in float64), one to merge."""
 
         def sizes(which: slice) -> Iterator[Tensor]:
-            for _, deltas in stack.deltas(which):
+            for _, deltas in stack.deltas(which, stack.work):
                 yield magnitudes(deltas, stack.double)
 
-        mark = None
+        trim = None
         if (kept := share_of(stack.numel, self.density)) < stack.numel:
             dtype = torch.float64 if stack.double else torch.float32
-            mark = Selection(sizes, [kept] * len(stack.models), stack.numel, dtype).marker()
-        for base, deltas in stack.deltas():
-            if mark is not None:
-                deltas.mul_(mark(magnitudes(deltas, stack.double)))
-            yield base.add_(agreed_sum(deltas, weights, self.normalize, self.consensus), alpha=self.lam)
+            trim = Selection(sizes, [kept] * len(stack.models), stack.numel, dtype).trimmer()
+        for base, deltas in stack.deltas(dtype=stack.work):
+            kept_deltas = deltas if trim is None else trim(deltas)
+            yield base.add_(agreed_sum(kept_deltas, weights, self.normalize, self.consensus), alpha=self.lam)
