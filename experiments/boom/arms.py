@@ -1,0 +1,207 @@
+"""BOOM beside training on everything at once: schedules, granularities, ways to merge, ratios, updates, controls."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from experiments.boom.figures import figures
+from experiments.boom.merges import (
+    Merged,
+    ensemble_arm,
+    group_arm,
+    interpolated_arm,
+    last_checkpoints_arm,
+    merged_arm,
+    update_arm,
+)
+from experiments.boom.pairs import gains_arm
+from experiments.boom.training import (
+    BASE,
+    BOTH,
+    FULL,
+    NEW,
+    OLD,
+    Trained,
+    base_arm,
+    groups_arm,
+    new_sets,
+    trained_arm,
+    two_stage_arm,
+)
+from lit_core.presets import is_preset
+from lit_core.reproduce import Arm, Claim, Experiment
+from lit_core.setting import Setting
+from lit_embed.data.bagging import size_weights, training_cost
+
+LATE_SHARE = 0.1  # of the user's own data that arrives later, where nothing else is said
+METRIC, OTHER = "in_domain", "out_of_domain"
+# members by arm: percent of every set, number of the member, whether it takes the rows that the member leaves
+MEMBERS: dict[str, tuple[float, int, bool]] = {
+    "m20": (20, 0, False),
+    "m40": (40, 1, False),
+    "m60": (60, 2, False),
+    "m80": (80, 3, False),
+    "m60b": (60, 4, False),
+    "m60c": (60, 5, False),
+    "half": (50, 6, False),
+    "rest": (50, 6, True),
+}
+MAIN_MEMBERS = ("m20", "m40", "m60", "m80")
+ALL_RATIOS = (*MAIN_MEMBERS, FULL)  # the full run is the member of 100 percent
+SCHEDULES = (
+    Trained("bls_3", "BLS, three epochs", ("--trainer.max_epochs=3",), cost=3.0, main=True),
+    Trained("by_set", "set after set", ("--data.schedule=dataset",), main=True),
+    Trained("by_task", "task type after task type", ("--data.schedule=task",)),
+    Trained("mixed", "rows mixed", ("--data.schedule=mixed",)),
+)
+WAYS: dict[str, tuple[str, dict[str, float], bool]] = {  # of merging models of task types: title, options, with base
+    "linear": ("linear", {}, False),
+    "slerp": ("SLERP", {}, False),
+    "multislerp": ("Multi-SLERP", {}, False),
+    "karcher": ("Karcher mean", {}, False),
+    "task_arithmetic": ("task arithmetic", {}, True),
+    "ties": ("TIES", {"density": 0.5}, True),
+    "dare_linear": ("DARE", {"density": 0.5}, True),
+    "sce": ("SCE", {}, True),
+    "model_stock": ("Model Stock", {}, True),
+}
+
+
+def build(setting: Setting) -> Experiment:
+    """The arms and claims at a scale."""
+    setting = _with_late_rows(setting)
+    based = is_preset(setting.value(None, "model.backbone"))
+    needs = (BASE,) if based else ()
+    steps = ("--checkpoint.save_top_k=-1", "--checkpoint.filename={step}")
+    full = Trained(FULL, "BLS (batch-level shuffling)", steps, main=True)
+    arms: list[Arm] = [base_arm(setting)] if based else []
+    arms.append(trained_arm(setting, full, needs, None))
+    for name, bag in MEMBERS.items():
+        title = f"the other {bag[0]:g} %" if bag[2] else f"member, {bag[0]:g} %"
+        one = Trained(name, title, cost=bag[0] / 100, order=1 + bag[1] + 10 * bag[2], main=name in MAIN_MEMBERS)
+        arms.append(trained_arm(setting, one, needs, bag))
+    arms += [trained_arm(setting, one, needs, None) for one in SCHEDULES]
+    arms.append(two_stage_arm(setting, needs))
+    more = [Trained(f"bls_{word}", f"BLS, {word} order", order=order)
+            for word, order in (("second", 21), ("third", 22))]  # fmt: skip
+    arms += [trained_arm(setting, one, needs, None) for one in more]
+    arms += [merged_arm(setting, one, needs) for one in _merges()]
+    arms += [last_checkpoints_arm(setting, needs), ensemble_arm(setting, ALL_RATIOS, 3.0, needs)]
+    arms += [interpolated_arm(setting, share, needs) for share in (0.25, 0.5, 0.75)]
+    arms += _granularities(setting, needs)
+    arms += _updates(setting, needs)
+    table = (METRIC, OTHER, "mean_task", "mean_type", "old_tasks", "new_tasks", "cost", "drift", "from_linear")
+    jobs = 1 if setting.scale == "paper" else 2
+    return Experiment(
+        "boom", tuple(arms), _claims(), table, setting.fingerprint(), ("train/loss", *(f"val/{n}" for n in table[:3])),
+        jobs, _notes(), figures,
+    )  # fmt: skip
+
+
+def _with_late_rows(setting: Setting) -> Setting:
+    """Of other data than the built-in, whose late sets are named in the configuration, a share arrives later."""
+    said = any(flag.startswith("--data.new") for flag in setting.flags)
+    own = any(flag.startswith("--data.path") for flag in setting.flags)
+    return replace(setting, flags=(*setting.flags, f"--data.new={LATE_SHARE}")) if own and not said else setting
+
+
+def _merges() -> list[Merged]:
+    by_size = tuple(size_weights([20, 40, 60, 80, 100]))
+    sixty = ("m60", "m60b", "m60c")
+    soup = (FULL, "bls_second", "bls_third")
+    return [
+        Merged("boom", "BOOM {20..100}, by size", ALL_RATIOS, training_cost([20, 40, 60, 80, 100]), weights=by_size,
+               main=True),
+        Merged("boom_linear", "the same, linear", ALL_RATIOS, 3.0, "linear", by_size, main=True),
+        Merged("boom_equal", "the same, equal weights", ALL_RATIOS, 3.0),
+        Merged("boom_karcher", "the same, Karcher mean", ALL_RATIOS, 3.0, "karcher", by_size),
+        Merged("boom_40_100", "BOOM {40..100}, by size", ALL_RATIOS[1:], training_cost([40, 60, 80, 100]),
+               weights=tuple(size_weights([40, 60, 80, 100]))),
+        Merged("boom_80_100", "BOOM {80, 100}, by size", ("m80", FULL), training_cost([80, 100]),
+               weights=tuple(size_weights([80, 100])), main=True),
+        Merged("boom_60", "BOOM {60, 60, 60}", sixty, training_cost([60, 60, 60])),
+        Merged("half_and_rest", "BOOM {50} and the rest", ("half", "rest"), training_cost([50, 50])),
+        Merged("soup", "soup of three BLS runs", soup, training_cost([100, 100, 100])),
+    ]  # fmt: skip
+
+
+def _granularities(setting: Setting, needs: tuple[str, ...]) -> list[Arm]:
+    """Models of single sets, task types and clusters of sets, merged."""
+    arms = [groups_arm(setting, "sets", "models of single sets", "set", needs)]
+    arms.append(
+        group_arm(setting, Merged("merged_sets", "a model a set, merged", ("sets",), 1.0, main=True), needs)
+    )
+    arms.append(groups_arm(setting, "tasks", "models of task types", "type", needs))
+    for method, (title, options, of_base) in WAYS.items():
+        name = f"merged_tasks_{method}"
+        one = Merged(name, f"a model a task type, {title}", ("tasks",), 1.0, method, None, options, of_base)
+        arms.append(group_arm(setting, one, needs))
+    arms.append(gains_arm(setting, needs))
+    arms.append(groups_arm(setting, "clusters", "models of clusters", "cluster", (*needs, "gains")))
+    arms.append(group_arm(setting, Merged("merged_clusters", "a model a cluster, merged", ("clusters",), 1.0), needs))
+    return arms
+
+
+def _updates(setting: Setting, needs: tuple[str, ...]) -> list[Arm]:
+    """A corpus that grows: what is done when new rows arrive, at the cost of that alone."""
+    arms = [
+        trained_arm(setting, Trained("old", "BLS on the old data", (OLD,), None, order=31, main=True), needs, None),
+        trained_arm(setting, Trained("update", "update model alone", (BOTH,), None, order=32, main=True), needs, None),
+        update_arm(setting, "updated", "old, update merged in", ("old", "update"), needs, main=True),
+        trained_arm(setting, Trained("naive", "old, goes on with the new", (NEW,), None, "old", 33, True),
+                    (*needs, "old"), None),
+        trained_arm(setting, Trained("with_core", "old, goes on with new and core", (BOTH,), None, "old", 34),
+                    (*needs, "old"), None),
+    ]  # fmt: skip
+    late = new_sets(setting)
+    if len(late) > 1:  # they arrive one after the other
+        arms += _two_updates(setting, needs, late)
+    return arms
+
+
+def _two_updates(setting: Setting, needs: tuple[str, ...], late: Sequence[str]) -> list[Arm]:
+    """Half of the late sets arrive, then the others; the core grows with them."""
+    first, second = late[: len(late) // 2], late[len(late) // 2 :]
+    known = [f"--data.leave_out=[{','.join(second)}]"]
+    flags = {"first": (BOTH, f"--data.new=[{','.join(first)}]", *known), "second": (BOTH, f"--data.new=[{','.join(second)}]")}
+    arms = [
+        trained_arm(setting, Trained(f"{word}_update", f"{word} update alone", of, None, order=35 + number, hidden=True),
+                    needs, None)
+        for number, (word, of) in enumerate(flags.items())
+    ]  # fmt: skip
+    chain = ("old", "first_update", "second_update")
+    arms.append(update_arm(setting, "updated_twice", "old, two updates, a half each", chain, needs))
+    arms.append(update_arm(setting, "updated_by_count", "old, two updates, by count", chain, needs, by_count=True))
+    return arms
+
+
+def _claims() -> tuple[Claim, ...]:
+    schedules = (("by_set", "set after set"), ("by_task", "task type after task type"), ("two_stage", "two stages"),
+                 ("mixed", "mixed rows"), ("merged_sets", "a merged model a set"),
+                 ("merged_tasks_multislerp", "a merged model a task type"),
+                 ("merged_clusters", "a merged model a cluster"))  # fmt: skip
+    rivals = ((FULL, "BLS"), ("bls_3", "BLS at as much compute"), ("soup", "a soup of three BLS runs"),
+              ("interpolated_75", "BLS interpolated with the base"), ("last_checkpoints", "BLS's last checkpoints"),
+              ("m60", "a member of 60 %"))  # fmt: skip
+    return (
+        *(Claim(f"(a) BLS beats {words}", METRIC, FULL, arm) for arm, words in schedules),
+        Claim("(b) Multi-SLERP beats the linear mean", METRIC, "boom", "boom_linear"),
+        Claim("(b) Multi-SLERP beats Model Stock on task types", METRIC, "merged_tasks_multislerp",
+              "merged_tasks_model_stock"),
+        Claim("(c) A merged update forgets less than going on", "old_tasks", "updated", "naive"),
+        Claim("(c) A merged update learns the new as well as going on", "new_tasks", "updated", "naive"),
+        Claim("(c) A merged update equals training anew", METRIC, "updated", FULL),
+        *(Claim(f"(d) BOOM beats {words}", metric, "boom", arm)
+          for metric in (METRIC, OTHER) for arm, words in rivals),
+    )  # fmt: skip
+
+
+def _notes() -> tuple[str, ...]:
+    return (
+        "'cost' is what training took, where one run over all data costs 1; that of an update is the update's alone, and "
+        "steps and tokens count everything a model rests on, the base included.",
+        "'drift' is the mean norm of the members' differences from the base, as a share of the base's; 'from_linear' how "
+        "far a merge lies from the linear one, as a share of that one's distance from the base. Where both are small, "
+        "ways to merge cannot differ.",
+        "'old_tasks' and 'new_tasks' are the in-domain tasks whose sets were there from the start, or arrive later.",
+        "No member, weight or checkpoint is chosen by a score: all are final steps.",
+    )

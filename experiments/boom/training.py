@@ -1,0 +1,230 @@
+"""Trained models of the experiment: a base, members, schedules, stages, models of single sets or task types."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.retrieval import exported
+from lit_core.files import read_json, write_json
+from lit_core.reproduce import Arm, ArmContext, write_results
+from lit_core.setting import Setting
+from lit_core.stages import ExperimentCLI
+from lit_embed.data.bagging import write_manifest
+
+BASE, FULL = "base", "bls"
+EXPORT, DONE = "export", "cost.json"
+WEIGHTS = ("--model.backbone", "--model.lora", "--model.quantization")  # flags that a merged folder has behind it
+OLD, NEW, BOTH = "--data.part=old", "--data.part=new", "--data.part=core+new"
+MEANS = ("in_domain", "out_of_domain", "mean_task")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that is trained: its name and title, the arm it starts from, flags, and its cost.
+
+    Args:
+        name: Of the arm.
+        title: In tables.
+        flags: Of its fit.
+        cost: Of the fit, where a run over all data costs 1; None counts rows.
+        start: Arm whose model it begins from.
+        order: Tells its order of data from that of others; the bag is told by flags.
+        main: Whether it is run by default.
+        hidden: Whether it is no row of the table.
+    """
+
+    name: str
+    title: str
+    flags: tuple[str, ...] = ()
+    cost: float | None = 1.0
+    start: str = BASE
+    order: int = 0
+    main: bool = False
+    hidden: bool = False
+
+
+def order_seed(context: ArmContext, order: int) -> int:
+    """Seed of a model's order of data."""
+    return 1000 * context.seed + order
+
+
+def bag_flags(context: ArmContext, ratio: float, member: int, complement: bool = False) -> list[str]:
+    """Flags of a member's bag."""
+    fields = {"ratio": f"{ratio:g}", "member": member, "seed": context.seed, "complement": str(complement).lower()}
+    return [f"--data.bag.{name}={value}" for name, value in fields.items()]
+
+
+def start_flags(context: ArmContext, start: str) -> list[str]:
+    """Flag that makes a fit begin from another arm's model, if it needs one."""
+    return [f"--model.backbone={context.of(start) / EXPORT}"] if start in context.needed else []
+
+
+def fit(
+    setting: Setting, folder: Path, seed: int, flags: Sequence[str], stage: str | None = None
+) -> dict[str, float]:
+    """Fit and export into a folder; what is done there already is not done again.
+
+    Returns:
+        ``steps`` and ``tokens`` of the fit, and the ``rows`` it was given.
+    """
+    if not (folder / DONE).exists():
+        cli = setting.fit(folder / "fit", seed, flags, stage)
+        write_manifest(folder / "manifest.json", cli.datamodule.manifest)
+        exported(cli, folder / EXPORT)
+        path = cli.folder / "curves.json"
+        write_json(folder / "curves.json", read_json(path) if path.exists() else {})
+        rows = sum(of["drawn"] for of in cli.datamodule.manifest["datasets"].values())
+        steps, tokens = cli.trainer.global_step, cli.throughput.tokens
+        write_json(folder / DONE, {"steps": float(steps), "tokens": float(tokens), "rows": float(rows)})
+    return read_json(folder / DONE)
+
+
+def tested(setting: Setting, folder: Path, model: Path, execute: bool = True) -> ExperimentCLI:
+    """Test the model in a folder; the module then has the scores of every task."""
+    args = ["test", *(flag for flag in setting.flags if not flag.startswith(WEIGHTS))]
+    args += [f"--model.backbone={model}", "--model.lora.r=0"]
+    configs = setting.spec.configs(setting.scale)
+    return ExperimentCLI(setting.spec, args, configs, folder / "test", quiet=True, execute=execute)
+
+
+def evaluate(
+    setting: Setting, context: ArmContext, model: Path, extra: Mapping[str, float], cost: Mapping[str, float]
+) -> None:
+    """Test the model in a folder and write the arm's results; this marks the arm as done."""
+    cli = tested(setting, context.folder, model)
+    module: Any = cli.model
+    tasks = [one.task for one in cli.datamodule.evaluation("test")]
+    scores = {task.name: module.task_scores[task.name][task.main] for task in tasks}
+    finish(setting, context, scores, {task.name: task.domain for task in tasks}, module.task_means, extra, cost)
+
+
+def finish(
+    setting: Setting,
+    context: ArmContext,
+    scores: Mapping[str, float],
+    domains: Mapping[str, str],
+    means: Mapping[str, float],
+    extra: Mapping[str, float],
+    cost: Mapping[str, float],
+) -> None:
+    """Write results from the tasks' main scores: means over tasks, each with its tasks as items."""
+    groups = {"in_domain": [name for name in scores if domains[name] == "in"],
+              "out_of_domain": [name for name in scores if domains[name] == "out"], "mean_task": list(scores)}  # fmt: skip
+    late = new_sets(setting)
+    if late:
+        groups["new_tasks"] = [name for name in scores if name in late]
+        groups["old_tasks"] = [name for name in groups["in_domain"] if name not in late]
+    items = {name: {task: scores[task] for task in of} for name, of in groups.items() if of}
+    metrics = {**means, **{name: sum(of.values()) / len(of) for name, of in items.items()}, **extra}
+    metrics |= {f"task/{name}": value for name, value in scores.items()}
+    if not (context.folder / "curves.json").exists():
+        write_json(context.folder / "curves.json", {})
+    write_results(context.folder, metrics, items, cost)
+
+
+def new_sets(setting: Setting) -> list[str]:
+    """Names of the sets that arrive later, where whole sets do."""
+    found = setting.value(None, "data.new")
+    return list(found) if isinstance(found, list) else []
+
+
+def base_arm(setting: Setting) -> Arm:
+    """What all models start from, where the backbone has random weights: trained on all domains, thinly."""
+
+    def run(context: ArmContext) -> None:
+        cost = fit(setting, context.folder, 0, ["--data.path=families", "--data.base=true", "--data.new=null"], "base")
+        evaluate(setting, context, context.folder / EXPORT, {"cost": 0.0}, only_costs(cost))
+
+    return Arm(BASE, "base", run, seeded=False)
+
+
+def trained_arm(setting: Setting, one: Trained, needs: tuple[str, ...], bag: tuple[float, int, bool] | None) -> Arm:
+    """An arm that trains one model.
+
+    Args:
+        setting: Of the experiment.
+        one: The model.
+        needs: Arms that are done before.
+        bag: Ratio, member and whether it is a complement, where the model is a member.
+    """
+
+    def run(context: ArmContext) -> None:
+        bagged = bag_flags(context, *bag) if bag is not None else []
+        flags = [*start_flags(context, one.start), *bagged, *one.flags]
+        cost = fit(setting, context.folder, order_seed(context, one.order), flags)
+        share = one.cost
+        if share is None:
+            share = cost["rows"] / sum(of["rows"] for of in sets_of(setting, context).values())
+        evaluate(setting, context, context.folder / EXPORT, {"cost": share}, only_costs(cost))
+
+    return Arm(one.name, one.title, run, main=one.main, hidden=one.hidden, needs=needs)
+
+
+def only_costs(cost: Mapping[str, float]) -> dict[str, float]:
+    """What a report counts."""
+    return {name: cost[name] for name in ("steps", "tokens")}
+
+
+def two_stage_arm(setting: Setting, needs: tuple[str, ...]) -> Arm:
+    """Retrieval first, then the other task types; weights are carried over, the schedule begins anew."""
+
+    def run(context: ArmContext) -> None:
+        names = list(dict.fromkeys(of["type"] for of in sets_of(setting, context).values()))
+        first, rest = [name for name in names if name == "retrieval"], [name for name in names if name != "retrieval"]
+        flags, costs = start_flags(context, BASE), []
+        for number, chosen in enumerate(filter(None, (first, rest))):
+            folder = context.folder / f"stage{number + 1}"
+            wanted = f"--data.types=[{','.join(chosen)}]"
+            costs.append(fit(setting, folder, order_seed(context, number), [*flags, wanted]))
+            flags = [f"--model.backbone={folder / EXPORT}"]
+        evaluate(setting, context, folder / EXPORT, {"cost": 1.0}, total(costs))
+
+    return Arm("two_stage", "retrieval, then the rest", run, main=False, needs=needs)
+
+
+def total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Costs of several fits together."""
+    return {name: sum(cost[name] for cost in costs) for name in ("steps", "tokens")}
+
+
+def sets_of(setting: Setting, context: ArmContext) -> dict[str, dict[str, Any]]:
+    """Task type and number of rows of each training set."""
+    path = context.folder / "sets.json"
+    if not path.exists():
+        args = ["fit", *setting.flags]
+        configs = setting.spec.configs(setting.scale)
+        cli = ExperimentCLI(setting.spec, args, configs, context.folder, quiet=True, execute=False)
+        cli.datamodule.setup("fit")
+        write_json(path, cli.datamodule.training_sets())
+    return read_json(path)
+
+
+def groups_arm(setting: Setting, name: str, title: str, by: str, needs: tuple[str, ...]) -> Arm:
+    """One model a set (``by`` is ``set``), a task type (``type``) or a cluster (``cluster``); nothing is merged yet."""
+
+    def run(context: ArmContext) -> None:
+        costs = {}
+        for group, sets in _groups(setting, context, by).items():
+            wanted = f"--data.train_on=[{','.join(sets)}]"
+            folder = context.folder / group
+            costs[group] = fit(setting, folder, order_seed(context, 0), [*start_flags(context, BASE), wanted])
+        write_json(context.folder / "groups.json", list(costs))
+        write_json(context.folder / "curves.json", {})
+        write_results(context.folder, {"cost": 1.0}, cost=total(list(costs.values())))
+
+    return Arm(name, title, run, main=False, hidden=True, needs=needs)
+
+
+def _groups(setting: Setting, context: ArmContext, by: str) -> dict[str, list[str]]:
+    if by == "cluster":
+        return read_json(context.of("gains") / "clusters.json")
+    types = {name: of["type"] for name, of in sets_of(setting, context).items()}
+    if by == "set":
+        return {name: [name] for name in types}
+    return {kind: [name for name in types if types[name] == kind] for kind in dict.fromkeys(types.values())}
+
+
+def group_models(folder: Path) -> list[Path]:
+    """The models that a ``groups_arm`` has trained."""
+    return [folder / name / EXPORT for name in read_json(folder / "groups.json")]
