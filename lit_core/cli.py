@@ -51,6 +51,7 @@ class Spec:
         recorders: The same for all runs.
         aliases: Other names of flags, as papers call the same thing by several.
         verbs: Further verbs by name.
+        seeds: Seeds of a reproduction, where the user names none.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Spec:
     recorders: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     verbs: Mapping[str, Verb] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
 
     def configs(self, scale: str, stage: str | None = None) -> list[Path]:
         """Configuration files of a scale and stage, to be laid over one another in this order."""
@@ -157,7 +159,8 @@ def _reproduce_parser(spec: Spec) -> argparse.ArgumentParser:
         epilog="--model.*, --data.* and --trainer.* are handed to every fit.",
     )  # fmt: skip
     parser.add_argument("--arms", nargs="+", default=["main"], help="main (default), all, or names of arms")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of every arm (default 0 1 2)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(spec.seeds),
+                        help=f"seeds of every arm (default {' '.join(map(str, spec.seeds))})")  # fmt: skip
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="seconds, minutes (default), the paper's own")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where all runs go (default runs)")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: what suits the experiment and this machine)")

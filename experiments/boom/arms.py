@@ -127,9 +127,7 @@ def _merges() -> list[Merged]:
 def _granularities(setting: Setting, needs: tuple[str, ...]) -> list[Arm]:
     """Models of single sets, task types and clusters of sets, merged."""
     arms = [groups_arm(setting, "sets", "models of single sets", "set", needs)]
-    arms.append(
-        group_arm(setting, Merged("merged_sets", "a model a set, merged", ("sets",), 1.0, main=True), needs)
-    )
+    arms.append(group_arm(setting, Merged("merged_sets", "a model a set, merged", ("sets",), 1.0, main=True), needs))
     arms.append(groups_arm(setting, "tasks", "models of task types", "type", needs))
     for method, (title, options, of_base) in WAYS.items():
         name = f"merged_tasks_{method}"
@@ -162,7 +160,10 @@ def _two_updates(setting: Setting, needs: tuple[str, ...], late: Sequence[str]) 
     """Half of the late sets arrive, then the others; the core grows with them."""
     first, second = late[: len(late) // 2], late[len(late) // 2 :]
     known = [f"--data.leave_out=[{','.join(second)}]"]
-    flags = {"first": (BOTH, f"--data.new=[{','.join(first)}]", *known), "second": (BOTH, f"--data.new=[{','.join(second)}]")}
+    flags = {
+        "first": (BOTH, f"--data.new=[{','.join(first)}]", *known),
+        "second": (BOTH, f"--data.new=[{','.join(second)}]"),
+    }
     arms = [
         trained_arm(setting, Trained(f"{word}_update", f"{word} update alone", of, None, order=35 + number, hidden=True),
                     needs, None)
@@ -197,11 +198,11 @@ def _claims() -> tuple[Claim, ...]:
 
 def _notes() -> tuple[str, ...]:
     return (
-        "'cost' is what training took, where one run over all data costs 1; that of an update is the update's alone, and "
-        "steps and tokens count everything a model rests on, the base included.",
-        "'drift' is the mean norm of the members' differences from the base, as a share of the base's; 'from_linear' how "
-        "far a merge lies from the linear one, as a share of that one's distance from the base. Where both are small, "
-        "ways to merge cannot differ.",
+        "'cost' is what training took, where one run over all data costs 1; that of an update is the update's alone. "
+        "Steps and tokens count everything a model rests on, the base included.",
+        "'drift' is the mean norm of the members' differences from the base, as a share of the base's; 'from_linear' "
+        "how far a merge lies from the linear one, as a share of that one's distance from the base. Where both are "
+        "small, ways to merge cannot differ.",
         "'old_tasks' and 'new_tasks' are the in-domain tasks whose sets were there from the start, or arrive later.",
         "No member, weight or checkpoint is chosen by a score: all are final steps.",
     )

@@ -80,7 +80,9 @@ def updates_figure(means: Mapping[str, Mapping[str, float]]) -> "Figure":
             axes.plot([cost, cost], [of["old_tasks"], of["new_tasks"]], color=colour, linewidth=1.2, alpha=0.7)
             axes.scatter([cost], [of["old_tasks"]], color=colour, s=46)
             axes.scatter([cost], [of["new_tasks"]], facecolors="white", edgecolors=colour, s=46, zorder=3)
-            axes.annotate(name, (cost, of["old_tasks"]), xytext=(6, 3), textcoords="offset points", fontsize=8, color=INK)
+            axes.annotate(
+                name, (cost, of["old_tasks"]), xytext=(6, 3), textcoords="offset points", fontsize=8, color=INK
+            )
         axes.scatter([], [], color=INK, s=46, label="old tasks")
         axes.scatter([], [], facecolors="white", edgecolors=INK, s=46, label="new tasks")
         axes.legend(frameon=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from experiments.boom.training import BASE, EXPORT, FULL, evaluate, finish, group_models, tested
+from experiments.boom.training import BASE, EXPORT, FULL, evaluate, evaluation_cli, finish, group_models
 from lit_core.files import read_json, write_json
 from lit_core.merging import drift, merge_folders
 from lit_core.reproduce import Arm, ArmContext
@@ -129,14 +129,16 @@ def ensemble_arm(setting: Setting, members: tuple[str, ...], cost: float, needs:
     """All members asked, their similarities averaged: as many times the cost of inference."""
 
     def run(context: ArmContext) -> None:
-        cli = tested(setting, context.folder, context.of(members[0]) / EXPORT, execute=False)
+        cli = evaluation_cli(setting, context.folder, context.of(members[0]) / EXPORT, execute=False)
         cli.datamodule.setup("test")
         evaluation = cli.datamodule.evaluation("test")
         sides = cli.datamodule.texts("test")
         encoders = [build_encoder(str(context.of(name) / EXPORT)) for name in members]
         vectors = []
         for texts, encode in zip(sides, (_queries, _passages), strict=True):
-            parts = [torch.nn.functional.normalize(encode(encoder, list(texts.values())), dim=1) for encoder in encoders]
+            parts = [
+                torch.nn.functional.normalize(encode(encoder, list(texts.values())), dim=1) for encoder in encoders
+            ]
             vectors.append(dict(zip(texts, torch.cat(parts, dim=1), strict=True)))  # its cosine is the mean of theirs
         scores, means = score_tasks(evaluation, *vectors)
         tasks = [one.task for one in evaluation]

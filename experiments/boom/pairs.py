@@ -1,6 +1,7 @@
 """Which training sets help one another: short runs on each and on each pair, and the clusters that follow."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from experiments.boom.training import order_seed, sets_of, start_flags, total
 from lit_core.files import read_json, write_json
 from lit_core.reproduce import Arm, ArmContext, write_results
 from lit_core.setting import Setting
+from lit_core.stages import ExperimentCLI
 from lit_embed.data.gains import clusters, gain_matrix
 
 GAINS, CLUSTERS = "gains.json", "clusters.json"
@@ -63,14 +65,11 @@ def _losses(setting: Setting, context: ArmContext, names: Sequence[str]) -> dict
 @torch.no_grad()
 def _held_out_loss(setting: Setting, folder: Path, module: Any, name: str, flags: Sequence[str]) -> float:
     """Mean loss of a set's rows that were kept out of training, in batches like those of training."""
-    from lit_core.stages import ExperimentCLI
-
     args = ["fit", *setting.flags, *flags, f"--data.train_on=[{name}]", "--seed_everything=0"]
     cli = ExperimentCLI(setting.spec, args, setting.spec.configs(setting.scale), folder, quiet=True, execute=False)
     data: Any = cli.datamodule
     data.setup("fit")
-    training = module.training
+    data.trainer = module.trainer  # whose module makes the batches
     module.eval()
-    losses = [float(module.pair_loss(batch)) for batch in data.training_batches(module, LOSS_BATCHES)]
-    module.train(training)
+    losses = [float(module.pair_loss(batch)) for batch in islice(data.train_dataloader(), LOSS_BATCHES)]
     return sum(losses) / len(losses)

@@ -16,7 +16,6 @@ BASE, FULL = "base", "bls"
 EXPORT, DONE = "export", "cost.json"
 WEIGHTS = ("--model.backbone", "--model.lora", "--model.quantization")  # flags that a merged folder has behind it
 OLD, NEW, BOTH = "--data.part=old", "--data.part=new", "--data.part=core+new"
-MEANS = ("in_domain", "out_of_domain", "mean_task")
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,7 @@ def start_flags(context: ArmContext, start: str) -> list[str]:
     return [f"--model.backbone={context.of(start) / EXPORT}"] if start in context.needed else []
 
 
-def fit(
-    setting: Setting, folder: Path, seed: int, flags: Sequence[str], stage: str | None = None
-) -> dict[str, float]:
+def fit(setting: Setting, folder: Path, seed: int, flags: Sequence[str], stage: str | None = None) -> dict[str, float]:
     """Fit and export into a folder; what is done there already is not done again.
 
     Returns:
@@ -80,7 +77,7 @@ def fit(
     return read_json(folder / DONE)
 
 
-def tested(setting: Setting, folder: Path, model: Path, execute: bool = True) -> ExperimentCLI:
+def evaluation_cli(setting: Setting, folder: Path, model: Path, execute: bool = True) -> ExperimentCLI:
     """Test the model in a folder; the module then has the scores of every task."""
     args = ["test", *(flag for flag in setting.flags if not flag.startswith(WEIGHTS))]
     args += [f"--model.backbone={model}", "--model.lora.r=0"]
@@ -92,7 +89,7 @@ def evaluate(
     setting: Setting, context: ArmContext, model: Path, extra: Mapping[str, float], cost: Mapping[str, float]
 ) -> None:
     """Test the model in a folder and write the arm's results; this marks the arm as done."""
-    cli = tested(setting, context.folder, model)
+    cli = evaluation_cli(setting, context.folder, model)
     module: Any = cli.model
     tasks = [one.task for one in cli.datamodule.evaluation("test")]
     scores = {task.name: module.task_scores[task.name][task.main] for task in tasks}
@@ -109,12 +106,16 @@ def finish(
     cost: Mapping[str, float],
 ) -> None:
     """Write results from the tasks' main scores: means over tasks, each with its tasks as items."""
-    groups = {"in_domain": [name for name in scores if domains[name] == "in"],
-              "out_of_domain": [name for name in scores if domains[name] == "out"], "mean_task": list(scores)}  # fmt: skip
+    within = [name for name in scores if domains[name] == "in"]
+    groups = {
+        "in_domain": within,
+        "out_of_domain": [name for name in scores if domains[name] == "out"],
+        "mean_task": list(scores),
+    }
     late = new_sets(setting)
     if late:
         groups["new_tasks"] = [name for name in scores if name in late]
-        groups["old_tasks"] = [name for name in groups["in_domain"] if name not in late]
+        groups["old_tasks"] = [name for name in within if name not in late]
     items = {name: {task: scores[task] for task in of} for name, of in groups.items() if of}
     metrics = {**means, **{name: sum(of.values()) / len(of) for name, of in items.items()}, **extra}
     metrics |= {f"task/{name}": value for name, value in scores.items()}

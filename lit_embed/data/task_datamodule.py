@@ -52,6 +52,7 @@ class TaskDataModule(EncodingDataModule):
         order: Sets or task types in the order of training; by default by decreasing size.
         types: Train on sets of these task types alone, as a stage of several does.
         train_on: Train on these sets alone.
+        leave_out: Do not train on these sets.
         held_out: Evaluate on these folders or files alone; they count as out of domain.
         batch_size: Queries a device gets per step; half as many in a symmetric set.
         negatives: Hard negatives per query.
@@ -84,6 +85,7 @@ class TaskDataModule(EncodingDataModule):
         order: list[str] | None = None,
         types: list[TaskType] | None = None,
         train_on: list[str] | None = None,
+        leave_out: list[str] | None = None,
         held_out: list[str] | None = None,
         batch_size: int = 32,
         negatives: int = 7,
@@ -126,6 +128,7 @@ class TaskDataModule(EncodingDataModule):
         if "families" not in self.paths and (base or families != DEFAULT_FAMILIES):
             raise InputError("is for path 'families'", field="base" if base else "families")
         self.schedule, self.order, self.types, self.train_on = schedule, order, types, train_on
+        self.leave_out = leave_out or []
         self.held_out, self.batch_size, self.negatives = held_out or [], batch_size, negatives
         self.hard_negatives, self.bag, self.part, self.new, self.core = hard_negatives, bag, part, new, core
         self.instructions, self.task_instructions = instructions, task_instructions or {}
@@ -171,6 +174,15 @@ class TaskDataModule(EncodingDataModule):
             ]
             self._texts[stage] = queries.texts, passages.texts
         return self._evaluation[stage]
+
+    def texts(self, stage: Stage) -> tuple[dict[str, str], dict[str, str]]:
+        """Return the distinct texts of both sides by the keys that ``evaluation`` names."""
+        self.evaluation(stage)
+        return self._texts[stage]
+
+    def training_sets(self) -> dict[str, dict[str, Any]]:
+        """Task type and number of rows of each set that is trained on, before any part or bag, after ``setup``."""
+        return {of.task.name: {"type": of.task.type, "rows": len(of.task.examples)} for of in self._sets}
 
     def train_dataloader(self) -> ResumableLoader:
         if self._saved:
@@ -246,6 +258,7 @@ class TaskDataModule(EncodingDataModule):
         names = [task_set.task.name for task_set in sets]
         for field, chosen, known in (
             ("train_on", self.train_on or [], names),
+            ("leave_out", self.leave_out, names),
             ("new", self.new if isinstance(self.new, list) else [], names),
             ("types", self.types or [], [task_set.task.type for task_set in sets]),
         ):
@@ -259,6 +272,7 @@ class TaskDataModule(EncodingDataModule):
             task_set for task_set in sets
             if (self.types is None or task_set.task.type in self.types)
             and (self.train_on is None or task_set.task.name in self.train_on)
+            and task_set.task.name not in self.leave_out
         ]  # fmt: skip
         rows: dict[str, Rows] = {}
         for task_set in kept:
@@ -303,8 +317,7 @@ class TaskDataModule(EncodingDataModule):
         return PairDataset(examples, task.name, negatives, task.own_group_only, rows.tolist())
 
     def _text_loaders(self, stage: Stage) -> list[DataLoader[Any]]:
-        self.evaluation(stage)
-        queries, passages = self._texts[stage]
+        queries, passages = self.texts(stage)
         loaders = [self._text_loader(queries, "query")]
         return [*loaders, self._text_loader(passages, "passage")] if passages else loaders
 

@@ -4,6 +4,7 @@ This is the training of a member: contrastive learning on datasets of several ta
 is the data module's; members start from one folder (``backbone``), and ``lit_core.merging`` merges what they export.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lit_embed.modules.batches import PairBatch, TextBatch
 from lit_embed.modules.contrastive import ContrastiveLoss
 from lit_embed.modules.evaluation import Vectors
 from lit_embed.modules.tokenization import EncoderConfig
-from lit_embed.retrieval.tasks import mean_scores
+from lit_embed.retrieval.tasks import EvalTask, mean_scores
 
 DEFAULT_ENCODER = EncoderConfig(pooling="last", query_length=512, passage_length=512)
 
@@ -91,20 +92,36 @@ class Boom(Retriever):
         evaluation = self._data().evaluation(stage)
         queries, passages = (_by_key(side) if side.rows else {} for side in self.collected)
         self.collected = (Vectors(), Vectors())
-        scores = {
-            task.name: task.score(
-                {text_id: queries[key] for text_id, key in query_keys.items()},
-                {text_id: passages[key] for text_id, key in passage_keys.items()},
-            )
-            for task, query_keys, passage_keys in evaluation[rank() :: world_size()]
-        }
-        tasks = [task for task, _, _ in evaluation]
-        found = {name: values for part in gather_objects(scores) for name, values in part.items()}
-        self.task_scores = {task.name: found[task.name] for task in tasks}
-        self.task_means = mean_scores(self.task_scores, tasks)
+        self.task_scores, self.task_means = score_tasks(evaluation, queries, passages)
+        found, tasks = self.task_scores, [task for task, _, _ in evaluation]
         logged: dict[str, Any] = {f"{task.name}/{task.main}": found[task.name][task.main] for task in tasks}
         values = {f"{prefix}/{name}": value for name, value in {**logged, **self.task_means}.items()}
         self.log_dict(values, sync_dist=True)
+
+
+def score_tasks(
+    evaluation: Sequence[tuple[EvalTask, Mapping[str, str], Mapping[str, str]]],
+    queries: Mapping[str, Tensor],
+    passages: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """All scores of every task, and means of the main ones; ranks share the tasks out.
+
+    Args:
+        evaluation: Tasks, and for each the key of every text among the vectors.
+        queries: Vectors of one side by key.
+        passages: Those of the other.
+    """
+    own = {
+        task.name: task.score(
+            {text_id: queries[key] for text_id, key in query_keys.items()},
+            {text_id: passages[key] for text_id, key in passage_keys.items()},
+        )
+        for task, query_keys, passage_keys in evaluation[rank() :: world_size()]
+    }
+    found = {name: values for part in gather_objects(own) for name, values in part.items()}
+    tasks = [task for task, _, _ in evaluation]
+    scores = {task.name: found[task.name] for task in tasks}
+    return scores, mean_scores(scores, tasks)
 
 
 def _by_key(side: Vectors) -> dict[str, Tensor]:
