@@ -48,21 +48,22 @@ class Domain:
     def meanings(self, seed: int, values: int) -> dict[Split, list[Meaning]]:
         """Divide all meanings among the splits: a tenth for validation, a fifth for test.
 
-        A split holds the same number of meanings of every pair of a kind and a value, so that each label of a task
-        comes up in each split alike: values are shuffled, and their sum, modulo their number, decides.
+        Pairs of values are divided, alike for all kinds, so that no two values of a test text are seen together in
+        training. A split holds each value equally often, so that each label of a task comes up in each split: values
+        are shuffled, and the sum of their places, modulo their number, decides.
 
         Args:
             seed: Seed of the shuffles.
             values: Values of an attribute in use.
         """
         test, val = max(1, round(values / 5)), max(1, round(values / 10))
+        rng = random.Random(f"{seed}/{self.name}/meanings")
+        places = [rng.sample(range(values), values) for _ in range(2)]
         found: dict[Split, list[Meaning]] = {"train": [], "val": [], "test": []}
         for kind in self.kinds:
-            rng = random.Random(f"{seed}/{self.name}/{kind}/meanings")
-            orders = [rng.sample(range(values), values) for _ in range(2)]
             for first in range(values):
                 for second in range(values):
-                    cell = (orders[0][first] + orders[1][second]) % values
+                    cell = (places[0][first] + places[1][second]) % values
                     split: Split = "test" if cell < test else "val" if cell < test + val else "train"
                     found[split].append(Meaning(kind, first, second))
         return found

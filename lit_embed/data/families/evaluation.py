@@ -21,8 +21,8 @@ from lit_embed.retrieval.tasks import (
 
 CANDIDATES = 10  # of a query, in reranking
 PASSAGES_PER_QUERY = 3
-FITTED, PREDICTED, CLUSTERED = 10, 6, 10  # texts of a label
-PER_LABEL = 8  # texts of a label that a draw of the classification fits on
+FITTED, PER_LABEL = 8, 4  # texts of a label to fit on, and how many of them a draw takes
+PREDICTED, CLUSTERED = 60, 100  # texts of all labels
 
 
 class DomainTasks:
@@ -55,7 +55,8 @@ class DomainTasks:
         if kind in ("retrieval", "reranking"):
             return self._ranking(rng, kind, shared)
         if kind == "classification":
-            fitted, predicted = (self._labelled(rng, 1, count, prefix) for count, prefix in self._parts())
+            fitted = self._labelled(rng, 1, FITTED, "f", sentence(1.0))
+            predicted = self._labelled(rng, 1, self._each(PREDICTED), "p", sentence(self.config.overlap))
             return Classification(
                 **shared,
                 queries=_texts(fitted) | _texts(predicted),
@@ -64,7 +65,7 @@ class DomainTasks:
                 per_label=PER_LABEL,
             )
         if kind == "clustering":
-            members = self._labelled(rng, 2, self._size(CLUSTERED), "t")
+            members = self._labelled(rng, 2, self._each(CLUSTERED), "t", sentence(MIXED))
             names = [str(value) for value in range(self.config.values)]
             return Clustering(**shared, queries=_texts(members), labels=_labels(members, names, 2))
         write = sentence if kind == "sts" else question
@@ -101,16 +102,15 @@ class DomainTasks:
         passages = {passage_id: text for passage_id, text in _passages(self.pool).items() if passage_id in used}
         return Reranking(**shared, queries=queries, passages=passages, candidates=qrels)
 
-    def _parts(self) -> tuple[tuple[int, str], ...]:
-        return (FITTED, "f"), (self._size(PREDICTED), "p")
-
-    def _labelled(self, rng: random.Random, part: int, count: int, prefix: str) -> list[tuple[str, str, Meaning]]:
+    def _labelled(
+        self, rng: random.Random, part: int, count: int, prefix: str, write: Writer
+    ) -> list[tuple[str, str, Meaning]]:
         """Write ``count`` texts of each value of a part of the meaning: ids, texts, meanings."""
         found: list[tuple[str, str, Meaning]] = []
         for value in range(self.config.values):
             meanings = [meaning for meaning in self.meanings if meaning[part] == value]
             for number, meaning in enumerate(_round(rng, meanings, count)):
-                text = self._new(rng, sentence(MIXED), meaning)
+                text = self._new(rng, write, meaning)
                 found.append((f"{prefix}{value:02d}-{number:02d}", text, meaning))
         return found
 
@@ -126,6 +126,10 @@ class DomainTasks:
 
     def _new(self, rng: random.Random, write: Writer, meaning: Meaning) -> str:
         return self.texts.new(lambda: (write(rng, self.domain, meaning), None), "test_queries")[0]
+
+    def _each(self, count: int) -> int:
+        """Texts of a label: ``count`` shared out, at least two."""
+        return max(2, self._size(count) // self.config.values)
 
     def _size(self, count: int) -> int:
         return count // 2 if self.half else count

@@ -157,7 +157,7 @@ def _examples(
     field: str,
     near_duplicates: float,
 ) -> list[Example]:
-    asked = list(meanings) if family.part is not None else list(family.pool.rows)
+    asked = [meaning for meaning in meanings if family.right(meaning)]
     earlier: list[tuple[Meaning, Phrasing]] = []
 
     def draw() -> tuple[str, tuple[Meaning, Phrasing]]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
+from torch import Tensor
+
 from lit_embed.retrieval.evaluate import METRICS, evaluate
 from lit_embed.retrieval.index import search
 from lit_embed.retrieval.ranking import Run, tie_ranks, to_run
@@ -47,12 +49,7 @@ class Retrieval(EvalTask):
 
     def score(self, queries: TextVectors, passages: TextVectors) -> dict[str, float]:
         query_ids, passage_ids = sorted(self.queries), sorted(self.passages)
-        found = search(
-            self.unit(queries, query_ids),
-            self.unit(passages, passage_ids),
-            DEPTH,
-            tie_rank=tie_ranks(passage_ids),
-        )
+        found = search(*_sides(self, queries, passages), DEPTH, tie_rank=tie_ranks(passage_ids))
         return evaluate(to_run(*found, query_ids, passage_ids), self.qrels, METRICS)
 
 
@@ -77,12 +74,23 @@ class Reranking(EvalTask):
                 raise self.error(f"a candidate of query '{query_id}' is judged neither 0 nor 1", "candidates")
 
     def score(self, queries: TextVectors, passages: TextVectors) -> dict[str, float]:
+        asked, answers = _sides(self, queries, passages)
+        query_row = {query_id: row for row, query_id in enumerate(sorted(self.queries))}
+        passage_row = {passage_id: row for row, passage_id in enumerate(sorted(self.passages))}
         run: Run = {}
         for query_id, relevance in self.candidates.items():
-            ids = sorted(relevance)
-            cosines = self.unit(passages, ids) @ self.unit(queries, [query_id])[0]
-            run[query_id] = dict(zip(ids, cosines.tolist(), strict=True))
+            cosines = answers[[passage_row[passage_id] for passage_id in relevance]] @ asked[query_row[query_id]]
+            run[query_id] = dict(zip(relevance, cosines.tolist(), strict=True))
         return evaluate(run, self.candidates, ("map", "mrr"))
+
+
+def _sides(task: EvalTask, queries: TextVectors, passages: TextVectors) -> tuple[Tensor, Tensor]:
+    """Vectors of length 1 of all queries and all passages, by ascending id."""
+    sides = task.unit(queries, sorted(task.queries)), task.unit(passages, sorted(task.passages))
+    if sides[0].shape[1] != sides[1].shape[1]:
+        widths = f"{sides[0].shape[1]} and {sides[1].shape[1]}"
+        raise task.error(f"vectors of queries and passages have {widths} values; encode both with one encoder")
+    return sides
 
 
 def _check_judgements(task: EvalTask, judged: Mapping[str, Mapping[str, int]], field: str) -> None:
