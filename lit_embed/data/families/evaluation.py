@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from itertools import cycle
+from typing import Any
 
 from lit_embed.data.families.config import FamiliesConfig
 from lit_embed.data.families.domains import Domain, Meaning, Split
@@ -51,7 +52,7 @@ class DomainTasks:
         name = f"{self.domain.name}-{kind}"
         rng = random.Random(f"{self.config.seed}/{name}/{self.split}")
         side = "out" if self.domain.name in self.config.held_out else "in"
-        shared = {"name": name, "domain": side, "instruction": instruction(kind, self.domain)}
+        shared: dict[str, Any] = {"name": name, "domain": side, "instruction": instruction(kind, self.domain)}
         if kind in ("retrieval", "reranking"):
             return self._ranking(rng, kind, shared)
         if kind == "classification":
@@ -84,7 +85,7 @@ class DomainTasks:
             **shared, queries=texts, pairs=[(first, second, int(parts == 3)) for first, second, parts in pairs]
         )
 
-    def _ranking(self, rng: random.Random, kind: TaskType, shared: dict[str, str]) -> EvalTask:
+    def _ranking(self, rng: random.Random, kind: TaskType, shared: dict[str, Any]) -> EvalTask:
         asked = list(self.pool.rows)
         queries: dict[str, str] = {}
         qrels: dict[str, dict[str, int]] = {}
