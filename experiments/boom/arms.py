@@ -127,7 +127,7 @@ def _merges() -> list[Merged]:
 def _granularities(setting: Setting, needs: tuple[str, ...]) -> list[Arm]:
     """Models of single sets, task types and clusters of sets, merged."""
     arms = [groups_arm(setting, "sets", "models of single sets", "set", needs)]
-    arms.append(group_arm(setting, Merged("merged_sets", "a model a set, merged", ("sets",), 1.0, main=True), needs))
+    arms.append(group_arm(setting, Merged("merged_sets", "a model a set, merged", ("sets",), 1.0), needs))
     arms.append(groups_arm(setting, "tasks", "models of task types", "type", needs))
     for method, (title, options, of_base) in WAYS.items():
         name = f"merged_tasks_{method}"
@@ -159,16 +159,15 @@ def _updates(setting: Setting, needs: tuple[str, ...]) -> list[Arm]:
 def _two_updates(setting: Setting, needs: tuple[str, ...], late: Sequence[str]) -> list[Arm]:
     """Half of the late sets arrive, then the others; the core grows with them."""
     first, second = late[: len(late) // 2], late[len(late) // 2 :]
-    known = [f"--data.leave_out=[{','.join(second)}]"]
     flags = {
-        "first": (BOTH, f"--data.new=[{','.join(first)}]", *known),
+        "first": (BOTH, f"--data.new=[{','.join(first)}]", f"--data.leave_out=[{','.join(second)}]"),
         "second": (BOTH, f"--data.new=[{','.join(second)}]"),
     }
-    arms = [
-        trained_arm(setting, Trained(f"{word}_update", f"{word} update alone", of, None, order=35 + number, hidden=True),
-                    needs, None)
+    updates = [
+        Trained(f"{word}_update", f"{word} update alone", of, None, order=35 + number, hidden=True)
         for number, (word, of) in enumerate(flags.items())
-    ]  # fmt: skip
+    ]
+    arms = [trained_arm(setting, update, needs, None) for update in updates]
     chain = ("old", "first_update", "second_update")
     arms.append(update_arm(setting, "updated_twice", "old, two updates, a half each", chain, needs))
     arms.append(update_arm(setting, "updated_by_count", "old, two updates, by count", chain, needs, by_count=True))
