@@ -42,7 +42,7 @@ class Sce(Method):
         check_range("select_topk", self.select_topk, 0.0, 1.0)
 
     def merge(self, stack: Stack, weights: Sequence[float]) -> Iterator[Tensor]:
-        """A pass for the weights and one to merge; before these, three (five in float64) where not all are selected."""
+        """A pass for the weights and one to merge; before these, four (six in float64) where not all are selected."""
         selection = self._selection(stack)
         squares = torch.zeros(len(stack.models), dtype=torch.float64, device=stack.device)
         for _, deltas in self._selected(stack, selection):

@@ -6,16 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WHOLE = {torch.float32: (torch.int32, 32), torch.float64: (torch.int64, 64)}
-DIGIT = 16  # bits that one pass settles
-GROUP = 8  # rows that are counted in the same pass; each needs 256 KiB
+WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}
+# bits that a pass settles, the highest first: many, where every entry is counted, and then as few as keep memory small
+DIGITS = {torch.float32: (16, 8, 8), torch.float64: (16, 12, 12, 12, 12)}
+GROUP = 8  # rows that are counted in the same pass; each needs 128 KiB
 
 
 class Selection:
     """The ``counts[row]`` largest entries of each row; of equal ones the first.
 
-    The bits of numbers that are not negative are ordered as the numbers are. Each pass counts the next 16 bits of
-    those entries whose higher bits are those of the threshold: two passes for float32, four for float64.
+    The bits of numbers that are not negative are ordered as the numbers are. Each pass counts the next bits of
+    those entries whose higher bits are those of the threshold: three passes for float32, five for float64.
 
     Args:
         chunks: Starts a pass over some rows; yields chunks ``(those rows, n)`` of numbers that are not below 0.
@@ -32,29 +33,31 @@ class Selection:
         self, chunks: Callable[[slice], Iterable[Tensor]], counts: Sequence[int], numel: int, dtype: torch.dtype
     ) -> None:
         self.equal, high = list(counts), [0] * len(counts)  # high: bits of the threshold that are settled
-        whole, bits = WHOLE[dtype]
-        self.dtype = dtype
+        self.dtype, whole, digits = dtype, WHOLE[dtype], DIGITS[dtype]
         counter = torch.int32 if numel < 2**31 else torch.int64
         for first in range(0, len(counts), GROUP):
             rows = range(first, min(first + GROUP, len(counts)))
-            for shift in range(bits - DIGIT, -1, -DIGIT):
-                above = shift + DIGIT
+            above = sum(digits)
+            for digit in digits:
+                first_digit = above == sum(digits)
+                shift, bins = above - digit, 2 ** (digit - first_digit)  # the sign is 0
                 seen: Tensor | None = None
                 for chunk in chunks(slice(rows.start, rows.stop)):
                     if seen is None:
-                        seen = torch.zeros(len(rows), 2**DIGIT, dtype=counter, device=chunk.device)
+                        seen = torch.zeros(len(rows), bins, dtype=counter, device=chunk.device)
                     for row, codes in enumerate(chunk.view(whole)):
-                        if above == bits:  # the sign is 0, so that these digits are not negative
+                        if first_digit:
                             _count(codes >> shift, seen[row])
                         else:
                             kept = codes[places(codes >> above, high[rows[row]])]
-                            _count((kept >> shift) & (2**DIGIT - 1), seen[row])
+                            _count((kept >> shift) & (bins - 1), seen[row])
                 assert seen is not None  # there is an entry to select
                 for row, histogram in zip(rows, seen.cpu(), strict=True):
                     from_top = histogram.long().flip(0).cumsum(0)
                     place = int(torch.searchsorted(from_top, self.equal[row]))
                     self.equal[row] -= int(from_top[place - 1]) if place else 0
-                    high[row] = high[row] << DIGIT | (2**DIGIT - 1 - place)
+                    high[row] = high[row] << digit | (bins - 1 - place)
+                above = shift
         self.thresholds = torch.tensor(high, dtype=whole).view(dtype)[:, None]
 
     def marker(self) -> Callable[[Tensor], Tensor]:

@@ -89,7 +89,7 @@ class Ties(Method):
         check_choice("consensus", self.consensus, Consensus)
 
     def merge(self, stack: Stack, weights: Sequence[float]) -> Iterator[Tensor]:
-        """Two passes for the thresholds (four in float64), one to merge."""
+        """Three passes for the thresholds (five in float64), one to merge."""
 
         def sizes(which: slice) -> Iterator[Tensor]:
             for _, deltas in stack.deltas(which, stack.work):
