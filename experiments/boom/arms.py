@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from experiments.boom.figures import figures
 from experiments.boom.merges import (
@@ -90,6 +91,7 @@ def build(setting: Setting) -> Experiment:
     arms += _granularities(setting, needs)
     arms += _updates(setting, needs)
     table = (METRIC, OTHER, "mean_task", "mean_type", "old_tasks", "new_tasks", "cost", "drift", "from_linear")
+    table += _own_tasks(setting)
     jobs = 1 if setting.scale == "paper" else 2
     return Experiment(
         "boom", tuple(arms), _claims(), table, setting.fingerprint(), ("train/loss", *(f"val/{n}" for n in table[:3])),
@@ -102,6 +104,13 @@ def _with_late_rows(setting: Setting) -> Setting:
     said = any(flag.startswith("--data.new") for flag in setting.flags)
     own = any(flag.startswith("--data.path") for flag in setting.flags)
     return replace(setting, flags=(*setting.flags, f"--data.new={LATE_SHARE}")) if own and not said else setting
+
+
+def _own_tasks(setting: Setting) -> tuple[str, ...]:
+    """Scores of the user's own collections, one by one; the built-in tasks are too many for a table."""
+    paths = setting.value(None, "data.path")
+    names = [Path(path).stem for path in ([paths] if isinstance(paths, str) else paths)]
+    return () if "families" in names or len(names) > 8 else tuple(f"task/{name}" for name in names)
 
 
 def _merges() -> list[Merged]:

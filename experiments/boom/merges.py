@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import normalize
 
 from experiments.boom.training import BASE, EXPORT, FULL, evaluate, evaluation_cli, finish, group_models
-from lit_core.files import read_json, write_json
+from lit_core.files import read_json
 from lit_core.merging import drift, merge_folders
 from lit_core.reproduce import Arm, ArmContext
 from lit_core.setting import Setting
@@ -149,6 +150,11 @@ def ensemble_arm(setting: Setting, members: tuple[str, ...], cost: float, needs:
     return Arm("ensemble", f"ensemble of {len(members)} members", run, main=False, needs=(*needs, *members))
 
 
+def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Vectors ``(N, D)`` of several members as one, whose cosine is the mean of theirs."""
+    return torch.cat([normalize(part, dim=1) for part in parts], dim=1)
+
+
 def _queries(encoder: Any, texts: list[str]) -> torch.Tensor:
     return encoder.encode(texts, "query", progress=False)
 
@@ -199,9 +205,3 @@ def _norm(model: Path, other: Path) -> float:
     """Norm of the difference of two models."""
     (row,) = drift({"model": model}, other).rows("model")
     return row["ratios"]["model"] * row["base_norm"]
-
-
-def write_drift(context: ArmContext, models: Mapping[str, Path], base: Path) -> None:
-    """Keep how far members went from the base, layer by layer, for a figure."""
-    report = drift(models, base)
-    write_json(context.folder / "drift.json", {"models": list(report.models), "rows": report.rows("layer")})

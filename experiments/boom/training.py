@@ -134,7 +134,9 @@ def base_arm(setting: Setting) -> Arm:
     """What all models start from, where the backbone has random weights: trained on all domains, thinly."""
 
     def run(context: ArmContext) -> None:
-        cost = fit(setting, context.folder, 0, ["--data.path=families", "--data.base=true", "--data.new=null"], "base")
+        built_in = ["--data.path=families", "--data.base=true", "--data.new=null", "--data.hard_negatives=none"]
+        chosen = ["--data.train_on=null", "--data.types=null", "--data.leave_out=null"]
+        cost = fit(setting, context.folder, 0, [*built_in, *chosen], "base")
         evaluate(setting, context, context.folder / EXPORT, {"cost": 0.0}, only_costs(cost))
 
     return Arm(BASE, "base", run, seeded=False)

@@ -125,8 +125,8 @@ class TaskDataModule(EncodingDataModule):
         self.paths = [path] if isinstance(path, str) else list(path)
         if not self.paths:
             raise InputError("needs at least one path", field="path")
-        if "families" not in self.paths and (base or families != DEFAULT_FAMILIES):
-            raise InputError("is for path 'families'", field="base" if base else "families")
+        if base and "families" not in self.paths:
+            raise InputError("is for path 'families'", field="base")
         self.schedule, self.order, self.types, self.train_on = schedule, order, types, train_on
         self.leave_out = leave_out or []
         self.held_out, self.batch_size, self.negatives = held_out or [], batch_size, negatives
@@ -259,7 +259,7 @@ class TaskDataModule(EncodingDataModule):
         for field, chosen, known in (
             ("train_on", self.train_on or [], names),
             ("leave_out", self.leave_out, names),
-            ("new", self.new if isinstance(self.new, list) else [], names),
+            ("new", self.new if isinstance(self.new, list) and self.part != "all" else [], names),
             ("types", self.types or [], [task_set.task.type for task_set in sets]),
         ):
             for name in chosen:

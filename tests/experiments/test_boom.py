@@ -1,0 +1,190 @@
+"""The experiment of BOOM: its arms, a merge of members at the smallest scale, a killed member, its mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments.boom import SPEC
+from experiments.boom.__main__ import main as boom
+from experiments.boom.arms import MEMBERS, build
+from experiments.boom.merges import side_by_side
+from lit_core.files import read_json
+from lit_core.merging import merge
+from lit_core.setting import Setting
+from lit_embed.data.bagging import sample_size, size_weights
+from tests.experiments.test_real_data import part_of
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ["--scale", "smoke", "--trainer.enable_progress_bar=false", "--jobs", "1"]
+THREE = "--data.train_on=[travel-classification,household-sts,workshop-retrieval]"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lightning 2.6 calls what jsonargparse 5 drops
+
+
+def results(root: Path, arm: str, seed: int = 0) -> dict[str, Any]:
+    return read_json(root / "boom" / arm / f"seed{seed}" / "results.json")
+
+
+def test_arms_of_the_card() -> None:
+    experiment = build(Setting(SPEC, "tiny", ()))
+    arms = {arm.name: arm for arm in experiment.arms}
+    controls = {"bls_3", "soup", "last_checkpoints", "ensemble", "interpolated_50", "m60"}  # card section 5
+    schedules = {"bls", "by_set", "by_task", "two_stage", "mixed"}
+    updates = {"old", "update", "updated", "naive", "with_core", "updated_twice", "updated_by_count"}
+    ways = {f"merged_tasks_{way}" for way in ("slerp", "multislerp", "karcher", "task_arithmetic", "ties", "sce",
+                                              "model_stock")}  # fmt: skip
+    ratios = {"boom", "boom_40_100", "boom_80_100", "boom_60", "half_and_rest"}
+    wanted = controls | schedules | updates | ways | ratios | {"merged_sets", "merged_clusters"}
+    assert wanted <= arms.keys()
+    assert {"bls", "boom", "boom_80_100", "bls_3", "by_set", "updated", "naive"} <= {n for n in arms if arms[n].main}
+    assert arms["boom"].needs == ("base", "m20", "m40", "m60", "m80", "bls")  # the full run is the last member
+    assert MEMBERS["half"][1] == MEMBERS["rest"][1]
+    assert SPEC.seeds == (0, 1, 2, 3, 4)
+
+
+def test_other_data_has_late_rows_and_columns_of_its_own() -> None:
+    experiment = build(Setting(SPEC, "tiny", ("--data.path=[a/cranfield,b/med.jsonl]",)))
+    assert experiment.table_metrics[-2:] == ("task/cranfield", "task/med")
+    assert "--data.new=0.1" in experiment.fingerprint
+    assert "updated_twice" not in {arm.name for arm in experiment.arms}  # a share arrives at once
+
+
+def test_the_cosine_of_vectors_side_by_side_is_the_mean_of_cosines() -> None:
+    generator = torch.Generator().manual_seed(0)
+    members = [torch.randn(6, width, generator=generator) * width for width in (4, 7, 3)]
+    joined = torch.nn.functional.normalize(side_by_side(members), dim=1)
+    cosines = [torch.nn.functional.normalize(part, dim=1) @ torch.nn.functional.normalize(part, dim=1).T
+               for part in members]  # fmt: skip
+    torch.testing.assert_close(joined @ joined.T, torch.stack(cosines).mean(0))
+
+
+@pytest.mark.slow
+def test_members_are_merged_and_told_with_their_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--arms", "boom_80_100", "last_checkpoints", "updated", "--seeds", "0", *SMOKE, THREE,
+               "--data.new=[workshop-retrieval]", "--runs_dir", str(tmp_path)]  # fmt: skip
+    assert boom(command) == 0
+    seed = tmp_path / "boom"
+    states = [load_file(seed / arm / "seed0" / "export" / "model.safetensors") for arm in ("m80", "bls")]
+    merged = load_file(seed / "boom_80_100" / "seed0" / "merged" / "model.safetensors")
+    expected = merge(states, "multislerp", size_weights([80, 100]))
+    assert all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in expected)
+    found = results(tmp_path, "boom_80_100")
+    assert found["metrics"]["cost"] == 1.8
+    assert 0 < found["metrics"]["from_linear"] < 1
+    assert len(found["per_item"]["in_domain"]) == 8
+    assert len(found["per_item"]["out_of_domain"]) == 12
+
+    record = read_json(seed / "m80" / "seed0" / "manifest.json")
+    assert record["bag"]["ratio"] == 80
+    assert all(of["drawn"] == sample_size(of["rows"], 80) for of in record["datasets"].values())
+    sets = read_json(seed / "update" / "seed0" / "sets.json")
+    old = sum(of["rows"] for name, of in sets.items() if name != "workshop-retrieval")
+    core = sum(sample_size(of["rows"], 40) for name, of in sets.items() if name != "workshop-retrieval")
+    new = sets["workshop-retrieval"]["rows"]
+    assert results(tmp_path, "updated")["metrics"]["cost"] == pytest.approx((new + core) / (old + new))
+    assert set(results(tmp_path, "updated")["per_item"]["new_tasks"]) == {"workshop-retrieval"}
+
+    report = json.loads((seed / "report.json").read_text())
+    assert {"base", "bls", "m80", "boom_80_100", "updated"} <= {arm["name"] for arm in report["arms"]}
+    assert (seed / "In-domain_against_out-of-domain.png").is_file()
+    assert (seed / "What_an_update_keeps_and_learns.png").is_file()
+    assert (seed / "Drift_by_layer.png").is_file()
+    assert boom(command) == 0
+    assert "already done" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sets_are_clustered_by_what_they_gain(tmp_path: Path) -> None:
+    """Three sets in three clusters: each by itself, so that the clusters' models are those of single sets."""
+    command = ["--arms", "merged_clusters", "--seeds", "0", *SMOKE, THREE, "--runs_dir", str(tmp_path)]
+    assert boom(command) == 0
+    folder = tmp_path / "boom" / "gains" / "seed0"
+    record = read_json(folder / "gains.json")
+    assert len(record["names"]) == 3
+    alone, joint = {}, {}
+    for name in record["names"]:
+        alone[name] = read_json(folder / name / "losses.json")["losses"][name]
+        for other in record["names"]:
+            if (folder / f"{name}+{other}").exists():
+                losses = read_json(folder / f"{name}+{other}" / "losses.json")["losses"]
+                joint[name, other] = losses[name], losses[other]
+    for (first, second), (a, b) in joint.items():
+        gain = ((alone[first] - a) / alone[first] + (alone[second] - b) / alone[second]) / 2
+        row, column = record["names"].index(first), record["names"].index(second)
+        assert record["gains"][row][column] == pytest.approx(gain)
+    assert sorted(read_json(folder / "clusters.json").values()) == sorted([name] for name in record["names"])
+    assert (tmp_path / "boom" / "Gains_of_pairs_of_sets.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_member_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.boom", "--arms", "m80", "--seeds", "0", *SMOKE, THREE,
+               "--trainer.max_steps=12", "--checkpoint.every_n_train_steps=1"]  # fmt: skip
+    command = [part for part in command if not part.startswith("--checkpoint")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = subprocess.Popen([*command, "--runs_dir", str(killed)], cwd=ROOT, env=environment, **silent)
+    member = killed / "boom" / "m80" / "seed0"
+    deadline = time.monotonic() + 240
+    while not (member / "fit" / "last.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (member / "fit" / "last.ckpt").exists()
+    assert not (member / "export").exists()
+    for folder in (killed, whole):
+        subprocess.run([*command, "--runs_dir", str(folder)], cwd=ROOT, env=environment, check=True,
+                       capture_output=True)  # fmt: skip
+    assert results(killed, "m80")["metrics"] == results(whole, "m80")["metrics"]
+    weights = [load_file(f / "boom" / "m80" / "seed0" / "export" / "model.safetensors") for f in (killed, whole)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.bag.ratio=0"], "above 0, at most 100, got 0"),
+        (["--data.bag.ratio=120"], "above 0, at most 100, got 120"),
+        (["--data.part=new", "--data.new=[nothing]"], "no training set 'nothing'"),
+        (["--data.train_on=[nothing]"], "no training set 'nothing'"),
+        (["--data.schedule=dataset", "--data.order=[travel-retrieval]"], "must name each dataset once"),
+    ],
+)
+def test_mistakes_are_one_line(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", "--scale", "smoke", "--trainer.enable_progress_bar=false", *flags]
+    assert boom([*args, "--trainer.default_root_dir", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert message in errors[-1]
+
+
+@pytest.mark.slow
+def test_an_empty_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    args = ["fit", "--scale", "smoke", "--trainer.enable_progress_bar=false", f"--data.path={tmp_path / 'empty.jsonl'}"]
+    assert boom([*args, "--trainer.default_root_dir", str(tmp_path / "run")]) == 2
+    assert "empty.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_three_real_collections(shared_data: Path, tmp_path: Path) -> None:
+    """BLS and its merges over collections of different size; the numbers of each collection are in the table."""
+    folders = [str(part_of(shared_data / name, tmp_path / name, 300)) for name in ("cranfield", "med", "cisi")]
+    flags = [f"--data.path=[{','.join(folders)}]", "--data.negatives=0", "--data.batch_size=8"]
+    command = ["--arms", "bls", "half_and_rest", "boom_80_100", "--seeds", "0", *SMOKE, *flags]
+    assert boom([*command, "--runs_dir", str(tmp_path / "runs")]) == 0
+    for arm in ("bls", "half_and_rest", "boom_80_100"):
+        found = results(tmp_path / "runs", arm)["metrics"]
+        assert all(0 < found[f"task/{name}"] <= 1 for name in ("cranfield", "med", "cisi"))
+    assert "task/cisi" in (tmp_path / "runs" / "boom" / "report.md").read_text()
