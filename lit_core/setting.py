@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Setting:
     scale: str
     flags: tuple[str, ...]
     further: str = ""
+    _configs: dict[str | None, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def fingerprint(self) -> str:
         """Text that changes with anything that the results depend on."""
@@ -80,9 +81,11 @@ class Setting:
 
     def value(self, stage: str | None, name: str) -> Any:
         """A value of the configuration, such as ``trainer.max_steps``."""
-        args = ["fit", *self.flags]
-        cli = ExperimentCLI(self.spec, args, self.spec.configs(self.scale, stage), Path(), quiet=True, execute=False)
-        return cli.config["fit"][name]
+        if stage not in self._configs:  # reading it takes a second
+            configs = self.spec.configs(self.scale, stage)
+            cli = ExperimentCLI(self.spec, ["fit", *self.flags], configs, Path(), quiet=True, execute=False)
+            self._configs[stage] = cli.config["fit"]
+        return self._configs[stage][name]
 
 
 def reproduce(spec: Spec, options: argparse.Namespace, flags: list[str]) -> None:

@@ -94,8 +94,8 @@ def build(setting: Setting) -> Experiment:
     table += _own_tasks(setting)
     jobs = 1 if setting.scale == "paper" else 2
     return Experiment(
-        "boom", tuple(arms), _claims(), table, setting.fingerprint(), ("train/loss", *(f"val/{n}" for n in table[:3])),
-        jobs, _notes(), figures,
+        "boom", tuple(arms), _claims(), table, setting.fingerprint(), ("train/loss",), jobs,
+        _notes(), figures,
     )  # fmt: skip
 
 

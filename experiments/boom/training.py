@@ -66,7 +66,8 @@ def fit(setting: Setting, folder: Path, seed: int, flags: Sequence[str], stage: 
         ``steps`` and ``tokens`` of the fit, and the ``rows`` it was given.
     """
     if not (folder / DONE).exists():
-        cli = setting.fit(folder / "fit", seed, flags, stage)
+        unwatched = [*flags, "--trainer.limit_val_batches=0"]  # nothing is chosen by a score
+        cli = setting.fit(folder / "fit", seed, unwatched, stage)
         write_manifest(folder / "manifest.json", cli.datamodule.manifest)
         exported(cli, folder / EXPORT)
         path = cli.folder / "curves.json"
