@@ -31,10 +31,10 @@ def figures(metric: str, alphas: Mapping[float, str]) -> Callable[[Folders], Map
         if places:
             found["Where trees branch"] = branch_roles(places)
             found["Branch positions"] = branch_positions(places)
-        for name in ("success", metric):
-            runs = over_tokens(folders, f"val/{name}")
+        for name in ("val/success", f"val/{metric}", "rollout/reward_mean"):
+            runs = over_tokens(folders, name)
             if runs:
-                found[f"val {name} over tokens"] = curves(runs, f"val/{name}", "tokens drawn")
+                found[f"{name.replace('/', ' ')} over tokens"] = curves(runs, name, "tokens drawn")
         lengths = {alpha: folders[name] for alpha, name in alphas.items() if _has_length(folders.get(name, ()))}
         if len(lengths) > 1:
             found["Length against alpha"] = length_by_alpha(lengths)
@@ -96,17 +96,20 @@ def branch_positions(places: Mapping[str, Path]) -> "Figure":
 
 
 def over_tokens(folders: Folders, name: str) -> dict[str, list[list[list[float]]]]:
-    """A recorded value of each arm's seeds, over the tokens drawn by then."""
+    """A recorded value of each arm's seeds, over the tokens that they have drawn by then, in the mean."""
     import numpy as np
 
     found: dict[str, list[list[list[float]]]] = {}
     for arm, paths in folders.items():
         recorded = [read_json(path / "curves.json") for path in paths if (path / "curves.json").exists()]
         recorded = [run for run in recorded if run.get(name) and run.get(TOKENS)]
+        drawn: dict[float, list[float]] = {}
         for run in recorded:
             steps, tokens = np.asarray([[0.0, 0.0], *run[TOKENS]]).T
-            points = [[float(np.interp(step, steps, tokens)), value] for step, value in run[name]]
-            found.setdefault(arm, []).append(points)
+            for step, _ in run[name]:
+                drawn.setdefault(step, []).append(float(np.interp(step, steps, tokens)))
+        for run in recorded:
+            found.setdefault(arm, []).append([[fmean(drawn[step]), value] for step, value in run[name]])
     return found
 
 
