@@ -1,8 +1,7 @@
 """One tensor of several models, read side by side a chunk of entries at a time."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from lit_core.errors import InputError
 
-CHUNK_BYTES = 2**25
-COPIES = 8  # of a chunk in float64: the one read ahead, and what a method makes of it
+CHUNK_BYTES = 2**26
+COPIES = 8  # of a chunk in float64: what was read, and what a method makes of it
 
 
 class Entries(Protocol):
@@ -55,7 +54,6 @@ class Stack:
         chunk_bytes: Most memory for chunks of all models together, and for what methods make of them.
         device: Where to compute; one that has no float64 is replaced by the CPU.
         result: Type of the result, where it is not that of the models.
-        ahead: Read the next chunk in a thread while one is worked on.
 
     Attributes:
         work: Type for sums over models: float64, or float32 where nothing has more than 16 bits, since the rounding
@@ -71,9 +69,8 @@ class Stack:
         chunk_bytes: int = CHUNK_BYTES,
         device: torch.device | str = "cpu",
         result: torch.dtype | None = None,
-        ahead: bool = False,
     ) -> None:
-        self.name, self.models, self.base, self.ahead = name, models, base, ahead
+        self.name, self.models, self.base = name, models, base
         self.numel = math.prod(models[0].shape)
         types = {tensor.dtype for tensor in (*models, *([] if base is None else [base]))}
         self.double = torch.float64 in {model.dtype for model in models}
@@ -89,14 +86,14 @@ class Stack:
         for start in range(0, self.numel, self.step):
             yield start, min(start + self.step, self.numel)
 
-    def values(self, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
-        """Chunks ``(models, n)`` of the models; each lasts until the next."""
-
-        def fill(chunk: Tensor, start: int, stop: int) -> None:
+    def values(self) -> Iterator[Tensor]:
+        """Chunks ``(models, n)`` of the models, float64; each lasts until the next."""
+        held = self._empty(len(self.models), torch.float64)
+        for start, stop in self.spans():
+            chunk = held[:, : stop - start]
             for row, model in zip(chunk, self.models, strict=True):
                 row.copy_(model.part(start, stop))
-
-        yield from self._filled(len(self.models), dtype, fill)
+            yield chunk
 
     def deltas(self, which: slice = slice(None), dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
         """Chunks ``(n,)`` of the base and ``(models, n)`` of differences from it; each lasts until the next.
@@ -109,16 +106,16 @@ class Stack:
             InputError: A value is not finite.
         """
         assert self.base is not None  # the caller asks for one
-        root, models = self.base, self.models[which]
-
-        def fill(chunk: Tensor, start: int, stop: int) -> None:
-            base = chunk[0].copy_(root.part(start, stop))
-            for row, model in zip(chunk[1:], models, strict=True):
+        models = self.models[which]
+        held = self._empty(len(models) + 1, dtype)
+        for start, stop in self.spans():
+            chunk = held[:, : stop - start]
+            base, deltas = chunk[0], chunk[1:]
+            base.copy_(self.base.part(start, stop))
+            for row, model in zip(deltas, models, strict=True):
                 row.copy_(model.part(start, stop)).sub_(base)
-            self._check_finite(chunk[1:])
-
-        for chunk in self._filled(len(models) + 1, dtype, fill):
-            yield chunk[0], chunk[1:]
+            self._check_finite(deltas)
+            yield base, deltas
 
     def gram(self, of_deltas: bool) -> Tensor:
         """Dot products ``(models, models)`` of the models, or of their differences from the base, float64.
@@ -142,41 +139,17 @@ class Stack:
         if of_deltas:
             assert self.base is not None  # the caller asks for one
             factors, sources = [1 - sum(coefficients), *factors], [self.base, *sources]
-
-        def fill(chunk: Tensor, start: int, stop: int) -> None:
-            for row, source in zip(chunk, sources, strict=True):
-                row.copy_(source.part(start, stop))
-
-        for chunk in self._filled(len(sources), self.work, fill):
-            merged = chunk[0].mul_(factors[0])
-            for factor, row in zip(factors[1:], chunk[1:], strict=True):
-                merged.add_(row, alpha=factor)
+        total, row = self._empty(2, self.work)
+        for start, stop in self.spans():
+            merged, read = total[: stop - start], row[: stop - start]
+            merged.copy_(sources[0].part(start, stop)).mul_(factors[0])
+            for factor, source in zip(factors[1:], sources[1:], strict=True):
+                merged.add_(read.copy_(source.part(start, stop)), alpha=factor)
             self._check_finite(merged)  # what is not finite in a model is not finite here
             yield merged
 
-    def _filled(self, rows: int, dtype: torch.dtype, fill: Callable[[Tensor, int, int], None]) -> Iterator[Tensor]:
-        """Chunks ``(rows, n)``, each filled anew; the next one by a thread where it is to be read ahead."""
-        count = -(-self.numel // self.step)
-        ahead = self.ahead and count > 1
-        held = [torch.empty(rows, self.step, dtype=dtype, device=self.device) for _ in range(1 + ahead)]
-
-        def filled(number: int) -> Tensor:
-            start = number * self.step
-            stop = min(start + self.step, self.numel)
-            chunk = held[number % len(held)][:, : stop - start]
-            fill(chunk, start, stop)
-            return chunk
-
-        if not ahead:
-            yield from map(filled, range(count))
-            return
-        with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(filled, 0)
-            for number in range(count):
-                chunk = coming.result()
-                if number + 1 < count:
-                    coming = reader.submit(filled, number + 1)
-                yield chunk
+    def _empty(self, rows: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, self.step, dtype=dtype, device=self.device)
 
     def _check_finite(self, values: Tensor) -> None:
         # a sum is quick; it may leave float32 where no value does

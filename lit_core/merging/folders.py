@@ -92,7 +92,7 @@ def merge_folders(
         def merged(spec: TensorSpec) -> Iterator[Tensor]:
             entries = [model.tensors[spec.name] for model in models]
             like_base = None if root is None else root.tensors[spec.name]
-            chunks = Stack(spec.name, entries, like_base, chunk_bytes, result=spec.dtype, ahead=True)
+            chunks = Stack(spec.name, entries, like_base, chunk_bytes, result=spec.dtype)
             yield from merged_parts(chunks, chosen, factors)
             if chunks.notes:
                 notes[spec.name] = chunks.notes
