@@ -55,16 +55,36 @@ def domains(means: Mapping[str, Mapping[str, float]]) -> "Figure":
     """
     subtitle = "mean over seeds; the area of a point is its cost in runs over all data"
     with canvas(8.4, 6.0, "In-domain against out-of-domain", subtitle) as (figure, axes):
-        for number, (name, of) in enumerate(means.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            size = 24 + 70 * of["cost"]
+        for number, of in enumerate(means.values()):
+            colour, size = COLOURS[number % len(COLOURS)], _size(of)
             axes.scatter([of["in_domain"]], [of["out_of_domain"]], s=size, color=colour, alpha=0.6, linewidths=0)
-            axes.annotate(name, (of["in_domain"], of["out_of_domain"]), xytext=(5 + math.sqrt(size) / 2, 3),
-                          textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
+        for names, (x, y), size in _labels(means):
+            axes.annotate(", ".join(names), (x, y), xytext=(5 + math.sqrt(size) / 2, 3), textcoords="offset points",
+                          fontsize=8, color=INK)  # fmt: skip
         axes.set_xlabel("in-domain")
         axes.set_ylabel("out-of-domain")
         axes.margins(0.12)
     return figure
+
+
+def _size(of: Mapping[str, float]) -> float:
+    return 24 + 70 * of["cost"]
+
+
+def _labels(means: Mapping[str, Mapping[str, float]]) -> list[tuple[list[str], tuple[float, float], float]]:
+    """Names, place and size of each point; points that lie on one another share a label."""
+    spans = [max(of[axis] for of in means.values()) - min(of[axis] for of in means.values()) or 1.0
+             for axis in ("in_domain", "out_of_domain")]  # fmt: skip
+    found: list[tuple[list[str], tuple[float, float], float]] = []
+    for name, of in means.items():
+        place = of["in_domain"], of["out_of_domain"]
+        for names, other, _ in found:
+            if all(abs(a - b) < 0.01 * span for a, b, span in zip(place, other, spans, strict=True)):
+                names.append(name)
+                break
+        else:
+            found.append(([name], place, _size(of)))
+    return found
 
 
 def updates_figure(means: Mapping[str, Mapping[str, float]]) -> "Figure":
@@ -74,9 +94,13 @@ def updates_figure(means: Mapping[str, Mapping[str, float]]) -> "Figure":
         means: Of each arm ``old_tasks``, ``new_tasks`` and ``cost``.
     """
     subtitle = "mean over seeds; old and new tasks of a model are joined"
+    taken: list[float] = []
     with canvas(8.4, 4.6, "What an update keeps and learns", subtitle) as (figure, axes):
         for number, (name, of) in enumerate(means.items()):
             colour, cost = COLOURS[number % len(COLOURS)], 0.0 if name == "old" else of["cost"]
+            while cost in taken:
+                cost += 0.025  # beside a model of the same cost
+            taken.append(cost)
             axes.plot([cost, cost], [of["old_tasks"], of["new_tasks"]], color=colour, linewidth=1.2, alpha=0.7)
             axes.scatter([cost], [of["old_tasks"]], color=colour, s=46)
             axes.scatter([cost], [of["new_tasks"]], facecolors="white", edgecolors=colour, s=46, zorder=3)
