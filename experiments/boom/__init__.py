@@ -17,6 +17,7 @@ SPEC = Spec(
     data="lit_embed.data.task_datamodule:TaskDataModule",
     arms="experiments.boom.arms:build",
     verbs={"merge": MERGE},
-    callbacks=("lit_embed.callbacks.tasks:MemberRecord", "lit_embed.callbacks.tasks:TaskReport"),
+    callbacks=("lit_embed.callbacks.tasks:TaskReport", "lit_embed.callbacks.vectors:VectorWriter"),
+    recorders=("lit_embed.callbacks.tasks:MemberRecord",),
     seeds=(0, 1, 2, 3, 4),  # what bags differ in is small beside what seeds do
 )

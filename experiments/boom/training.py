@@ -10,7 +10,6 @@ from lit_core.files import read_json, write_json
 from lit_core.reproduce import Arm, ArmContext, write_results
 from lit_core.setting import Setting
 from lit_core.stages import ExperimentCLI
-from lit_embed.data.bagging import write_manifest
 
 BASE, FULL = "base", "bls"
 EXPORT, DONE = "export", "cost.json"
@@ -68,7 +67,6 @@ def fit(setting: Setting, folder: Path, seed: int, flags: Sequence[str], stage: 
     if not (folder / DONE).exists():
         unwatched = [*flags, "--trainer.limit_val_batches=0"]  # nothing is chosen by a score
         cli = setting.fit(folder / "fit", seed, unwatched, stage)
-        write_manifest(folder / "manifest.json", cli.datamodule.manifest)
         exported(cli, folder / EXPORT)
         path = cli.folder / "curves.json"
         write_json(folder / "curves.json", read_json(path) if path.exists() else {})

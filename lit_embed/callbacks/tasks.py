@@ -8,13 +8,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_core.files import write_json
 from lit_core.results import write_results
+from lit_embed.data.bagging import write_manifest
 from lit_embed.retrieval.tasks import EvalTask
 
 
 class MemberRecord(Callback):
     """Writes ``member.json``: the bag, and for each set its rows, how many were drawn, and their hashes.
 
-    A checkpoint holds the same, which is checked where a run goes on.
+    A checkpoint holds the same; where a run goes on, both are checked.
 
     Args:
         folder: Where to write.
@@ -25,7 +26,7 @@ class MemberRecord(Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        write_json(self.folder / "member.json", vars(trainer)["datamodule"].manifest)
+        write_manifest(self.folder / "member.json", vars(trainer)["datamodule"].manifest)
 
 
 class TaskReport(Callback):

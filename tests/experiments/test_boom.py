@@ -82,7 +82,7 @@ def test_members_are_merged_and_told_with_their_cost(tmp_path: Path, capsys: pyt
     assert len(found["per_item"]["in_domain"]) == 8
     assert len(found["per_item"]["out_of_domain"]) == 12
 
-    record = read_json(seed / "m80" / "seed0" / "manifest.json")
+    record = read_json(seed / "m80" / "seed0" / "fit" / "member.json")
     assert record["bag"]["ratio"] == 80
     assert all(of["drawn"] == sample_size(of["rows"], 80) for of in record["datasets"].values())
     sets = read_json(seed / "update" / "seed0" / "sets.json")
