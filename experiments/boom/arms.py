@@ -90,7 +90,17 @@ def build(setting: Setting) -> Experiment:
     arms += [interpolated_arm(setting, share, needs) for share in (0.25, 0.5, 0.75)]
     arms += _granularities(setting, needs)
     arms += _updates(setting, needs)
-    table = (METRIC, OTHER, "mean_task", "mean_type", "old_tasks", "new_tasks", "cost", "drift", "from_linear")
+    table: tuple[str, ...] = (
+        METRIC,
+        OTHER,
+        "mean_task",
+        "mean_type",
+        "old_tasks",
+        "new_tasks",
+        "cost",
+        "drift",
+        "from_linear",
+    )
     table += _own_tasks(setting)
     jobs = 1 if setting.scale == "paper" else 2
     return Experiment(
