@@ -61,6 +61,14 @@ class Method(LightningModule):
         """Transformers loads models in evaluation mode, and lightning leaves modes alone."""
         self.train()
 
+    def on_train_start(self) -> None:
+        """Give the training loader the position that a checkpoint has.
+
+        To tell how many steps an epoch has, lightning sets the loader up before it reads the checkpoint, and would then
+        begin the epoch anew.
+        """
+        self.trainer.fit_loop._load_combined_loader_states()
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.device_mesh is not None:
             average_gradients(self.parameters())  # of what is not sharded

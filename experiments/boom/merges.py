@@ -1,5 +1,6 @@
 """Models of the experiment that are made of trained ones without training: merges, averages, an ensemble."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from experiments.boom.training import BASE, EXPORT, FULL, evaluate, evaluation_cli, finish, group_models
+from experiments.boom.training import BASE, DONE, EXPORT, FULL, evaluate, evaluation_cli, finish, group_models
 from lit_core.files import read_json
 from lit_core.merging import drift, merge_folders
 from lit_core.reproduce import Arm, ArmContext
@@ -71,12 +72,15 @@ def last_checkpoints_arm(setting: Setting, needs: tuple[str, ...]) -> Arm:
     """The mean of the last checkpoints of the run over all data, the final one among them."""
 
     def run(context: ArmContext) -> None:
-        found = sorted((context.of(FULL) / "fit").glob("*step=*.ckpt"), key=_step)[-LAST:]
+        full = context.of(FULL)
+        steps = read_json(full / DONE)["steps"]
+        before = sorted((path for path in (full / "fit").glob("*step=*.ckpt") if _step(path) < steps), key=_step)
         models = []
-        for path in found:
+        for path in before[1 - LAST :]:
             models.append(context.folder / f"step{_step(path)}")
             if not models[-1].exists():
                 write_export(setting.spec, path, models[-1], "merged")
+        models.append(full / EXPORT)
         _merge(setting, context, Merged("", "", (), 1.0, "linear"), models)
 
     return Arm("last_checkpoints", "BLS, mean of its last checkpoints", run, main=False, needs=(*needs, FULL))
@@ -137,10 +141,8 @@ def ensemble_arm(setting: Setting, members: tuple[str, ...], cost: float, needs:
         encoders = [build_encoder(str(context.of(name) / EXPORT)) for name in members]
         vectors = []
         for texts, encode in zip(sides, (_queries, _passages), strict=True):
-            parts = [
-                torch.nn.functional.normalize(encode(encoder, list(texts.values())), dim=1) for encoder in encoders
-            ]
-            vectors.append(dict(zip(texts, torch.cat(parts, dim=1), strict=True)))  # its cosine is the mean of theirs
+            parts = [encode(encoder, list(texts.values())) for encoder in encoders]
+            vectors.append(dict(zip(texts, side_by_side(parts), strict=True)))
         scores, means = score_tasks(evaluation, *vectors)
         tasks = [one.task for one in evaluation]
         mains = {task.name: scores[task.name][task.main] for task in tasks}
@@ -151,8 +153,8 @@ def ensemble_arm(setting: Setting, members: tuple[str, ...], cost: float, needs:
 
 
 def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Vectors ``(N, D)`` of several members as one, whose cosine is the mean of theirs."""
-    return torch.cat([normalize(part, dim=1) for part in parts], dim=1)
+    """Vectors ``(N, D)`` of several members as one of length 1, whose cosine is the mean of theirs."""
+    return torch.cat([normalize(part, dim=1) for part in parts], dim=1) / math.sqrt(len(parts))
 
 
 def _queries(encoder: Any, texts: list[str]) -> torch.Tensor:

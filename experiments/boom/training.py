@@ -134,7 +134,7 @@ def base_arm(setting: Setting) -> Arm:
 
     def run(context: ArmContext) -> None:
         built_in = ["--data.path=families", "--data.base=true", "--data.new=null", "--data.hard_negatives=none"]
-        chosen = ["--data.train_on=null", "--data.types=null", "--data.leave_out=null"]
+        chosen = ["--data.train_on=null", "--data.types=null", "--data.leave_out=null", "--model.lora.r=0"]
         cost = fit(setting, context.folder, 0, [*built_in, *chosen], "base")
         evaluate(setting, context, context.folder / EXPORT, {"cost": 0.0}, only_costs(cost))
 

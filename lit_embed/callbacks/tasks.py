@@ -26,7 +26,11 @@ class MemberRecord(Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        write_manifest(self.folder / "member.json", vars(trainer)["datamodule"].manifest)
+        path, manifest = self.folder / "member.json", vars(trainer)["datamodule"].manifest
+        if trainer.ckpt_path:
+            write_manifest(path, manifest)  # which refuses to go on with other rows
+        else:
+            write_json(path, manifest)
 
 
 class TaskReport(Callback):

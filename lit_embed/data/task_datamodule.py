@@ -16,7 +16,7 @@ from lit_embed.data.dataset import MixedDataset, PairDataset
 from lit_embed.data.encoding import EncodingDataModule, whole_prediction
 from lit_embed.data.families import FamiliesConfig
 from lit_embed.data.negatives import add_bm25_negatives
-from lit_embed.data.records import Example
+from lit_embed.data.records import Example, Passage
 from lit_embed.data.sources import PairKind, Stage
 from lit_embed.data.task_sources import FamiliesSource, TaskSet, TaskSource, instruct, sources_of, with_instruction
 from lit_embed.retrieval.tasks import EvalTask, TaskType
@@ -314,6 +314,8 @@ class TaskDataModule(EncodingDataModule):
         examples = with_instruction(task) if self.instructions else task.examples
         if negatives and self.hard_negatives == "bm25":
             examples = add_bm25_negatives(examples, task_set.corpus, negatives, self.split_seed)
+        if self.schedule == "mixed":  # rows of several collections meet in a batch, and their ids may be the same
+            examples = [_apart(example, task.name.partition("/")[0]) for example in examples]
         return PairDataset(examples, task.name, negatives, task.own_group_only, rows.tolist())
 
     def _text_loaders(self, stage: Stage) -> list[DataLoader[Any]]:
@@ -336,6 +338,15 @@ class _Texts:
             found[text_id] = self._first.setdefault(said, f"{task}/{text_id}")
             self.texts[found[text_id]] = said
         return found
+
+
+def _apart(example: Example, collection: str) -> Example:
+    """An example whose passages have ids that no other collection has."""
+
+    def named(passages: tuple[Passage, ...]) -> tuple[Passage, ...]:
+        return tuple(Passage(f"{collection}/{doc_id}", text) for doc_id, text in passages)
+
+    return example._replace(positives=named(example.positives), negatives=named(example.negatives))
 
 
 def _content(examples: Any, rows: Rows) -> str:
