@@ -15,7 +15,7 @@ Variant = Literal["offdiag", "allpairs", "rao"]
 EntropySupport = Literal["full", "topk"]
 CHUNK = 1 << 19  # logits that are worked on at a time; more leave the caches
 GPU_CHUNK = 1 << 26  # 256 MiB, so that few operations are started
-BLOCK = 8  # columns of which one is the largest, as measured
+BLOCK = 4  # columns of which one is the largest, as measured
 LOWEST = -1e4  # stands for minus infinity, so that 0 log 0 = 0
 
 
