@@ -39,7 +39,7 @@ def gains_arm(setting: Setting, needs: tuple[str, ...]) -> Arm:
         chosen = clusters(names, gains, min(COUNT, len(names)))
         write_json(context.folder / CLUSTERS, {f"cluster{number}": sets for number, sets in enumerate(chosen, start=1)})
         write_json(context.folder / "curves.json", {})
-        costs = [read_json(path)["cost"] for path in sorted(context.folder.glob("*/losses.json"))]
+        costs = [read_json(path)["cost"] for path in sorted(context.folder.rglob("losses.json"))]
         write_results(context.folder, {"clusters": float(len(chosen))}, cost=total(costs))
 
     return Arm("gains", "pairs of sets", run, main=False, seeded=False, hidden=True, needs=needs)
