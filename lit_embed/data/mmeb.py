@@ -167,6 +167,20 @@ def read_evaluation(
     ]
 
 
+def holds_evaluation(path: Path | str, split: str = "test") -> bool:
+    """Whether the first row found at a path, if there is any, is one of evaluation.
+
+    Raises:
+        InputError: The first file is broken.
+    """
+    try:
+        files, root = _files(Path(path), split, None)
+    except InputError:
+        return False
+    row = next(read_rows(next(iter(files.values()))[0], ImageFolder(root)), None)
+    return row is not None and "qry_text" in row.values
+
+
 class _Choices:
     """The queries and candidates of one task; candidates are known by their fields, as most come many times."""
 

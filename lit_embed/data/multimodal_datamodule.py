@@ -94,9 +94,9 @@ class MultimodalDataModule(LightningDataModule):
     """Images, texts and pairs to train on in one of three stages, and tasks to evaluate on.
 
     In the contrastive stage validation gives two loaders, ``[items, pairs]``, otherwise one, ``[rows]``. Testing and
-    prediction give ``[items]``. An item may come twice where devices do not share out evenly: drop duplicates by
-    number. ``items`` lists what the numbers mean, ``evaluation`` what is asked. The trainer needs
-    ``use_distributed_sampler=False``: the samplers shard by rank themselves.
+    prediction give ``[items]``; without evaluation rows the other stages are not tested. An item may come twice where
+    devices do not share out evenly: drop duplicates by number. ``items`` lists what the numbers mean, ``evaluation``
+    what is asked. The trainer needs ``use_distributed_sampler=False``: the samplers shard by rank themselves.
 
     Args:
         path: ``scenes`` (built in, nothing to download), a folder in MMEB's layout, or a file (JSON list, JSONL,
@@ -114,8 +114,8 @@ class MultimodalDataModule(LightningDataModule):
         split: Split of MMEB's training files, ``original`` or ``diverse_instruction``.
         rows_per_task: Rows of each task, or of a file, to read at most (MMEB's authors: 100,000).
         image_root: What images of the training rows are relative to; ``path``, or its folder, if None.
-        eval_path: Folder of MMEB's evaluation rows, which testing needs.
-        eval_image_root: What their images are relative to; ``eval_path`` if None.
+        eval_path: Folder of MMEB's evaluation rows, which testing needs; ``path`` if None and if it holds such rows.
+        eval_image_root: What their images are relative to; ``eval_path`` if None (``image_root`` without that).
         val_rows: Rows for the validation loss; 0 leaves their loader out in the contrastive stage, which has another.
         num_workers: Loader processes; 0 loads in the main process.
         seed: Seed of order and draws.
@@ -195,7 +195,8 @@ class MultimodalDataModule(LightningDataModule):
         if stage == "fit" and not self.train_rows:
             self.train_rows = self._mixed(self._rows("train"))
         if stage in ("test", "predict"):
-            self.evaluation("test")
+            if stage == "predict" or self._is_tested:
+                self.evaluation("test")
         elif self.stage == "contrastive":
             self.evaluation("validate")
 
@@ -223,6 +224,10 @@ class MultimodalDataModule(LightningDataModule):
         return [*loaders, self._row_loader()] if self.val_rows else loaders
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
+        if not self._is_tested:
+            rank_zero_info(f"stage {self.stage} is not tested: there is no eval_path")
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # as has been said
+            return []
         return [self._item_loader("test")]
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
@@ -235,6 +240,11 @@ class MultimodalDataModule(LightningDataModule):
         if self.trainer is None:
             raise ValueError("loaders need a trainer: its module makes tokens and pixels")
         return cast(MultimodalCollating, self.trainer.lightning_module)
+
+    @property
+    def _is_tested(self) -> bool:
+        """The stages before the contrastive one may do without evaluation rows."""
+        return self.stage == "contrastive" or self.source.has_tests
 
     @property
     def _rank(self) -> int:

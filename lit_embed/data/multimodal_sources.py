@@ -10,6 +10,7 @@ from lit_core.samplers import permutation
 from lit_embed.data import scenes
 from lit_embed.data.mmeb import (
     Targets,
+    holds_evaluation,
     read_captions,
     read_evaluation,
     read_targets,
@@ -47,12 +48,18 @@ class MultimodalSource(Protocol):
         """Queries with candidates."""
         ...
 
+    @property
+    def has_tests(self) -> bool:
+        """Whether there is an evaluation for testing."""
+        ...
+
 
 @dataclass(frozen=True)
 class SceneSource:
     """The built-in scenes."""
 
     config: SceneConfig
+    has_tests = True
 
     def captions(self, part: Part) -> list[Item]:
         return scenes.caption_items(build_scenes(self.config), part)
@@ -97,10 +104,16 @@ class FileSource:
 
     def evaluation(self, stage: Stage) -> list[ChoiceTask]:
         if stage == "test":
-            if self.eval_path is None:
+            if not self.has_tests:
                 raise InputError("testing needs a folder of evaluation rows", field="eval_path")
+            if self.eval_path is None:
+                return read_evaluation(self.path, image_root=self.eval_image_root or self.image_root)
             return read_evaluation(self.eval_path, image_root=self.eval_image_root)
         return [held_out_task(task, pairs) for task, pairs in self.pairs("validate").items()]
+
+    @cached_property
+    def has_tests(self) -> bool:
+        return self.eval_path is not None or holds_evaluation(self.path)
 
     @cached_property
     def _captions(self) -> list[Item]:

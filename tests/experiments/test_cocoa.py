@@ -77,7 +77,7 @@ def test_one_command_runs_all_stages_and_the_export_reads_photographs(tmp_path: 
         for name, texts in zip(names, (["a temple", "a flower"], ["a flower", "a temple"]), strict=True)
     ]
     (tmp_path / "eval" / "photos" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = ["--data.path", str(tmp_path / "eval"), "--data.eval_path", str(tmp_path / "eval")]
+    data = ["--data.path", str(tmp_path / "eval")]
     out = tmp_path / "out"
     common = [*SMOKE, *data, "--trainer.default_root_dir", str(out), "--model.backbone", str(export)]
     assert cocoa(["predict", *common]) == 0

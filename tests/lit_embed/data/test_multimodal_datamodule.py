@@ -297,6 +297,30 @@ def test_files_of_the_first_two_stages(folder: Path, caplog: pytest.LogCaptureFi
         MultimodalDataModule(images, "reconstruction", image_root=str(folder)).setup("fit")
 
 
+def test_the_first_two_stages_need_no_evaluation_rows(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for path, stage in (("captions.json", "warmup"), ("train/VOC2007", "reconstruction")):
+        data = MultimodalDataModule(str(folder / path), stage, image_root=str(folder), batch_size=4)  # type: ignore[arg-type]
+        data.setup("test")  # as a fit does before it begins
+        tested = Recorder()
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            trainer().test(tested, data, verbose=False)
+        assert tested.encoded == []
+        assert f"stage {stage} is not tested: there is no eval_path" in caplog.text
+        with pytest.raises(InputError, match="field 'eval_path'"):
+            data.setup("predict")
+
+
+def test_evaluation_rows_are_found_by_their_path_alone(folder: Path) -> None:
+    for path in ("eval", "eval/ObjectNet.jsonl"):
+        data = MultimodalDataModule(str(folder / path), image_root=str(folder))
+        tested = Recorder()
+        trainer().test(tested, data, verbose=False)
+        assert len(tested.encoded) == 20 + 21
+    (folder / "eval" / "ObjectNet.jsonl").write_text("{")
+    with pytest.raises(InputError, match=r"ObjectNet.jsonl:1: not valid JSON"):
+        MultimodalDataModule(str(folder / "eval"), image_root=str(folder)).setup("test")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
