@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lit_core.errors import InputError
 from lit_embed.data.image_rows import SUFFIXES, ImageFolder, Row, read_rows
-from lit_embed.items import Item
+from lit_embed.items import MARKER, Item
 from lit_embed.multimodal import ChoiceTask, Domain, Group, ItemPair, TargetPair
 
 SETS: dict[tuple[Group, Domain], tuple[str, ...]] = {  # of MMEB-V1; those in domain are in MMEB-train too
@@ -107,6 +107,8 @@ def read_targets(
             images += 1
         elif not target:
             empty += 1
+        elif MARKER in target:
+            raise row.error(f"has {MARKER} in its text, but no image", "pos_text")
         else:
             found.pairs.append(TargetPair(row.item("qry", "qry_image_path"), target, task))
     return Targets(found.pairs, images, empty)

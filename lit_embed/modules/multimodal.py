@@ -108,6 +108,12 @@ class MultimodalEncoder(ChunkedEncoder[MultimodalTokens]):
         """
         return self.item_tokenizer(items, kind)
 
+    def forward(self, tokens: MultimodalTokens) -> Tensor:
+        """As :meth:`ChunkedEncoder.forward`; of a batch of which nothing could be read, ``(0, D)``."""
+        if len(tokens):
+            return super().forward(tokens)
+        return super().forward(self._smallest().to(tokens.ids.device))[:0]  # a sharded rank stays in step
+
     def encode_chunk(self, tokens: MultimodalTokens, rows: Sequence[int]) -> Tensor:
         """Vectors of some of the rows in one padded forward pass."""
         padded, spare = self.pad_chunk(tokens, rows)

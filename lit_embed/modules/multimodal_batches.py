@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lit_core.errors import InputError
 from lit_core.lm_head import IGNORE_INDEX
 from lit_core.samplers import mix_seed
 from lit_core.tokens import Tokens
@@ -103,6 +104,7 @@ class WarmupCollator:
     def __call__(self, rows: Sequence[WarmupRow]) -> ReconstructionBatch:
         found = self.tokenizer.rows([row.item for row in rows], "passage")
         kept = [(made, row.seed) for made, row in zip(found, rows, strict=True) if made is not None]
+        _check_any(kept)
         # every row has its image to itself: what is hidden of it must not hang on the rows beside
         tokens = self.tokenizer.pack([replace(made, image=copy(made.image)) for made, _ in kept])
         hiding, seeds = self.hiding, [seed for _, seed in kept]
@@ -121,7 +123,7 @@ class WarmupCollator:
 class BridgeCollator:
     """Queries with target texts to rows ``[A, E, B]`` whose B is hidden in part (CoCoA, section 2.2).
 
-    Where a row is too long, the text of A is cut first, never its image or E, and then B.
+    Where a row is too long, the text of A is cut first, never its image or E, and then B, but for its first token.
 
     Args:
         tokenizer: Of the encoder.
@@ -140,6 +142,10 @@ class BridgeCollator:
             for context, target, row in zip(contexts, ids, rows, strict=True)
             if context is not None and target
         ]
+        _check_any(whole)
+        for context, target, row in whole:
+            self.tokenizer.check_text(row.target, target)
+            self._check_room(context, row)
         made, targets = [context for context, _, _ in whole], [target for _, target, _ in whole]
         seeds = [row.seed for _, _, row in whole]
         batch = self._batch(made, targets, seeds)
@@ -156,6 +162,15 @@ class BridgeCollator:
         tokens = self.tokenizer.pack(rows)
         hidden, labels = hide_tokens(tokens, self.hiding, seeds, self.tokenizer.tokenizer.pad_token_id, behind_end=True)
         return ReconstructionBatch(hidden, labels)
+
+    def _check_room(self, context: Row, row: ReconstructionRow) -> None:
+        most, least = self.tokenizer.max_tokens, len(context.ids) + 1
+        if least > most:  # of an image: text makes room
+            raise InputError(
+                f"its tokens, their two marks, the end and one token of the target make {least}, more than max_tokens "
+                f"{most}; lower image_size or max_pixels",
+                None if row.query.image is None else row.query.image.key,
+            )
 
     @staticmethod
     def _others(items: Sequence[Item]) -> list[int] | None:
@@ -190,6 +205,7 @@ class ItemPairCollator:
             for query, row in zip(made, rows, strict=True)
             if query is not None and targets[row.positive.key] is not None
         ]
+        _check_any(kept)
         column: dict[tuple[str, str], int] = {}
         for _, row in kept:
             for item in (row.positive, row.negative):
@@ -228,6 +244,11 @@ class EncodeCollator:
         return EncodeBatch([number for number, _ in kept], self.tokenizer.pack([found for _, found in kept]))
 
 
+def _check_any(rows: Sequence[Any]) -> None:
+    if not rows:
+        raise InputError("of a whole batch no image can be read, or no target has a token")
+
+
 def hide_tokens(
     tokens: MultimodalTokens, hiding: Hiding, seeds: Sequence[int], pad_id: int, behind_end: bool = False
 ) -> tuple[MultimodalTokens, Tensor]:
@@ -242,11 +263,16 @@ def hide_tokens(
 
     Returns:
         The rows, and labels ``(sum of lengths,)``.
+
+    Raises:
+        InputError: There is nothing to hide in any of the rows.
     """
     ids, mask = Tokens(tokens.ids, tokens.lengths).pad(range(len(tokens)), pad_id)
     valid = mask.bool()
     ends = torch.tensor(tokens.ends) if behind_end else None
     masked = draw_masked(maskable_tokens(ids, valid, hiding.never, ends), hiding.text, seeds)
+    if not masked.any():
+        raise InputError(f"the texts of a batch of {len(tokens)} rows hold special tokens alone: nothing can be hidden")
     hidden = mask_tokens(ids, masked, hiding.mask_id)
     return replace(tokens, ids=hidden.input_ids[valid]), hidden.labels[valid]
 

@@ -140,7 +140,7 @@ class MultimodalTokenizer:
         found: list[Row | None] = []
         for number, item in enumerate(items):
             before, behind = ids[2 * number], ids[2 * number + 1]
-            self._check(item, before + behind)
+            self.check_text(item.text, before + behind)
             spare = reserved[number] if reserved else 0
             if item.image is None:
                 found.append(self._row(before + behind, [], None, spare))
@@ -148,6 +148,18 @@ class MultimodalTokenizer:
                 image = read[item.image.key]
                 found.append(None if image is None else self._row(before, behind, image, spare))
         return found
+
+    def check_text(self, text: str, ids: Sequence[int]) -> None:
+        """Refuse a text whose tokens would be taken for those of an image.
+
+        Raises:
+            InputError: It holds a special token of images.
+        """
+        vision = self.vision
+        wrong = {vision.start, vision.end, vision.image, vision.video}.intersection(ids)
+        if wrong:
+            token = self.tokenizer.convert_ids_to_tokens(min(wrong))
+            raise InputError(f"the text {text[:40]!r} holds {token}, which only an image may bring")
 
     def say_cut(self, cut: int, total: int) -> None:
         """Warn of cut texts, once for this tokenizer."""
@@ -184,13 +196,6 @@ class MultimodalTokenizer:
 
     def _count(self, image: Patches) -> int:
         return len(image.pixels) // self.images.merge**2
-
-    def _check(self, item: Item, ids: list[int]) -> None:
-        vision = self.vision
-        wrong = {vision.start, vision.end, vision.image, vision.video}.intersection(ids)
-        if wrong:
-            token = self.tokenizer.convert_ids_to_tokens(min(wrong))
-            raise InputError(f"the text {item.text[:40]!r} holds {token}, which only an image may bring")
 
     def _row(self, before: list[int], behind: list[int], image: Patches | None, reserved: int = 0) -> Row:
         placed: list[int] = []

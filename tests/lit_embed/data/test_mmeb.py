@@ -170,6 +170,8 @@ def test_texts_to_reconstruct(folder: Path) -> None:
         read_targets(write(folder / "list.jsonl", [{"qry": "x", "qry_image_path": ""}]))
     with pytest.raises(InputError, match=r"list.jsonl:1: field 'qry_image_path': the field is missing"):
         read_targets(write(folder / "list.jsonl", [{"qry": "x", "pos_text": "y"}]))
+    with pytest.raises(InputError, match=r"list.jsonl:1: field 'pos_text': has <\|image_1\|> .* no image"):
+        read_targets(write(folder / "list.jsonl", [rows[-1] | {"pos_text": "<|image_1|>\nRepresent it."}]))
 
 
 def test_pairs_to_reconstruct(folder: Path) -> None:
