@@ -16,6 +16,8 @@ class InputError(ValueError):
     def __init__(
         self, message: str, path: Path | str | None = None, line: int | None = None, field: str | None = None
     ) -> None:
+        if message.startswith("Caught InputError in"):  # by a loader's worker, whose traceback torch makes the message
+            message = message.rpartition(f"{__name__}.InputError: ")[2].strip()
         self.message, self.field = message, field  # for who knows more of the place
         place = "" if path is None else str(path)
         if line is not None:

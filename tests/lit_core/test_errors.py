@@ -1,4 +1,5 @@
 import pytest
+from torch.utils.data import DataLoader
 
 from lit_core.errors import InputError
 
@@ -21,3 +22,14 @@ def test_the_message_is_one_line_and_a_value_error() -> None:
     error = InputError("first\nsecond")
     assert str(error) == "first second"
     assert isinstance(error, ValueError)
+
+
+def _refuse(rows: list[int]) -> None:
+    raise InputError(f"cannot be read, row {rows[0]}", "a.png")
+
+
+def test_a_loader_worker_s_error_is_told_without_its_traceback() -> None:
+    loader = DataLoader([7], collate_fn=_refuse, num_workers=1)  # type: ignore[arg-type]
+    with pytest.raises(InputError) as error:
+        next(iter(loader))
+    assert str(error.value) == "a.png: cannot be read, row 7"
