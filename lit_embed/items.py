@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from lit_core.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Kind = Literal["query", "passage"]  # what a text or an item is, which chooses its prompt
 MARKER = "<|image_1|>"  # stands in a text where its image belongs, as MMEB's rows have it
 
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_embed.items import Item
+from lit_embed.items import Item, Kind
 
 Key: TypeAlias = tuple[str, str]  # of an item: its text, and the key of its image
 TrainStage = Literal["warmup", "reconstruction", "contrastive"]
@@ -61,10 +61,11 @@ class ContrastiveRow(NamedTuple):
 
 
 class EncodeRow(NamedTuple):
-    """An item to encode, and its number among all of them."""
+    """An item to encode as a query or as a passage, and its number among all of them."""
 
     number: int
     item: Item
+    kind: Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +135,11 @@ def choice_task(
     return ChoiceTask(name, group, domain, queries, table.items, candidates)
 
 
-def unique_items(tasks: Iterable[ChoiceTask]) -> list[Item]:
-    """All queries and targets of the tasks, equal ones once, in order of appearance."""
-    return list({item.key: item for task in tasks for item in task.items()}.values())
+def encode_rows(tasks: Sequence[ChoiceTask]) -> list[EncodeRow]:
+    """All queries and targets of the tasks, equal ones of a kind once; those of like length stand together."""
+    queries = {item.key: item for task in tasks for item in task.queries}
+    targets = {item.key: item for task in tasks for item in task.targets}
+    every: list[tuple[Item, Kind]] = [*((item, "query") for item in queries.values()),
+                                      *((item, "passage") for item in targets.values())]  # fmt: skip
+    every.sort(key=lambda one: (one[0].image is not None, len(one[0].text)), reverse=True)
+    return [EncodeRow(number, item, kind) for number, (item, kind) in enumerate(every)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_core.files import atomic_path, write_json
 from lit_core.lm_head import IGNORE_INDEX
-from lit_embed.items import MARKER, Item
+from lit_embed.items import MARKER, Item, Kind
 from lit_embed.methods.cocoa import CoCoA
 from lit_embed.modules.content import reconstruct
 from lit_embed.multimodal import ChoiceTask, Key, ReconstructionRow
@@ -45,12 +45,16 @@ class Album:
             np.savez_compressed(stream, pictures=np.stack(self.pictures or [np.zeros((SIDE, SIDE, 3), np.uint8)]))
 
 
-def write_retrieval(folder: Path, vectors: Mapping[Key, Tensor], tasks: Sequence[ChoiceTask], each: int = 1) -> None:
+def write_retrieval(
+    folder: Path, vectors: Mapping[Kind, Mapping[Key, Tensor]], tasks: Sequence[ChoiceTask], each: int = 1
+) -> None:
     """The best candidates of the first queries of each task: ``retrieval.json`` and ``retrieval.npz``."""
+    queries, targets = vectors["query"], vectors["passage"]
     album, rows = Album(folder / "retrieval.npz"), []
     for task in tasks:
         chosen = list(range(min(each, len(task.queries))))
-        for number, ranked in zip(chosen, top_candidates(vectors, task, TOP, chosen), strict=True):
+        best = top_candidates(queries, task, TOP, chosen, normalize=False, targets=targets)
+        for number, ranked in zip(chosen, best, strict=True):
             candidates = [{**album.add(one.item), "score": one.score, "right": one.right} for one in ranked]
             rows.append({"task": task.name, "query": album.add(task.queries[number]), "candidates": candidates})
     album.write()

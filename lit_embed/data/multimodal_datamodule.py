@@ -16,7 +16,6 @@ from lit_core.samplers import HomogeneousBatchSampler, LengthSortedBatchSampler,
 from lit_embed.data.distinct import DistinctBatchSampler
 from lit_embed.data.multimodal_sources import FileSource, MultimodalSource, Part, SceneSource, Stage
 from lit_embed.data.scenes import SceneConfig
-from lit_embed.items import Item
 from lit_embed.multimodal import (
     ChoiceTask,
     ContrastiveRow,
@@ -27,7 +26,7 @@ from lit_embed.multimodal import (
     TargetPair,
     TrainStage,
     WarmupRow,
-    unique_items,
+    encode_rows,
 )
 
 DEFAULT_SCENES = SceneConfig()
@@ -65,14 +64,14 @@ class KeyedRows(Dataset[Any]):
 class ItemRows(Dataset[EncodeRow]):
     """Items addressed by number."""
 
-    def __init__(self, items: Sequence[Item]) -> None:
-        self.items = items
+    def __init__(self, rows: Sequence[EncodeRow]) -> None:
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.rows)
 
     def __getitem__(self, number: int) -> EncodeRow:
-        return EncodeRow(number, self.items[number])
+        return self.rows[number]
 
 
 def _reconstruction(pair: TargetPair, seed: int) -> ReconstructionRow:
@@ -184,7 +183,7 @@ class MultimodalDataModule(LightningDataModule):
         )  # fmt: skip
         self.train_rows: dict[str, Sequence[Any]] = {}  # by task where there are several
         self._evaluation: dict[Stage, list[ChoiceTask]] = {}
-        self._items: dict[Stage, list[Item]] = {}
+        self._items: dict[Stage, list[EncodeRow]] = {}
 
     def setup(self, stage: str) -> None:
         """Read what a stage (``fit``, ``validate``, ``test`` or ``predict``) needs; repeated calls cost nothing.
@@ -206,11 +205,10 @@ class MultimodalDataModule(LightningDataModule):
             self._evaluation[stage] = self.source.evaluation(stage)
         return self._evaluation[stage]
 
-    def items(self, stage: Stage) -> list[Item]:
-        """Return every query and candidate of a stage once, in the order that its loader numbers them."""
+    def items(self, stage: Stage) -> list[EncodeRow]:
+        """Return every query and every candidate of a stage once, in the order that its loader numbers them."""
         if stage not in self._items:
-            items = unique_items(self.evaluation(stage))
-            self._items[stage] = sorted(items, key=lambda item: (item.image is not None, len(item.text)), reverse=True)
+            self._items[stage] = encode_rows(self.evaluation(stage))
         return self._items[stage]
 
     def train_dataloader(self) -> ResumableLoader:

@@ -19,6 +19,7 @@ from lit_core.sharding import gather_objects, shard, share_of_mean, tie_head
 from lit_embed.functional.masks import Bridge
 from lit_embed.functional.precision import Ties
 from lit_embed.functional.reconstruction import joint_loss
+from lit_embed.items import Kind
 from lit_embed.methods.cached_step import cached_step
 from lit_embed.modules.batches import PairBatch
 from lit_embed.modules.bridge_attention import use_bridge_attention
@@ -38,7 +39,7 @@ from lit_embed.modules.multimodal_batches import (
 )
 from lit_embed.modules.multimodal_export import export_multimodal_encoder
 from lit_embed.modules.multimodal_tokenization import MultimodalConfig
-from lit_embed.multimodal import TrainStage
+from lit_embed.multimodal import Key, TrainStage
 from lit_embed.retrieval.precision import Precision, evaluate_precision
 
 Stage = Literal["captioning", "warmup", "reconstruction", "contrastive"]
@@ -131,8 +132,9 @@ class CoCoA(Method):
         self.automatic_optimization = not self.grad_cache
         self.strict_loading = quantization is None  # quantised layers are not read back from a checkpoint
         self.precision: Precision | None = None  # of the last evaluation
-        self.vectors: dict[tuple[str, str], Tensor] = {}  # of its items, by key
+        self.vectors: dict[Kind, dict[Key, Tensor]] = {}  # of its queries and of its candidates
         self._encoded: dict[int, Tensor] = {}
+        self._names = list[str]()  # of the items to predict
 
     def configure_model(self) -> None:
         if "encoder" in dict(self.named_children()):
@@ -263,25 +265,36 @@ class CoCoA(Method):
     def on_test_epoch_end(self) -> None:
         self._evaluate("test", "test")
 
-    def predict_step(self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+    def on_predict_epoch_start(self) -> None:
+        """Name the items by image and text; one that is a query and a passage may have two vectors."""
         data: Any = vars(self.trainer)["datamodule"]
-        items = data.items("test")
-        names = ["\t".join(filter(None, reversed(items[number].key))) for number in batch.numbers]  # image, text
-        return {"kind": "items", "ids": names, "vectors": self(batch)}
+        rows = data.items("test")
+        queries = {row.item.key for row in rows if row.kind == "query"}
+        self._names = [
+            "\t".join([*filter(None, reversed(row.item.key)),
+                       *(["as a passage"] if row.kind == "passage" and row.item.key in queries else [])])
+            for row in rows
+        ]  # fmt: skip
+
+    def predict_step(self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return {"kind": "items", "ids": [self._names[number] for number in batch.numbers], "vectors": self(batch)}
 
     def _collect(self, batch: EncodeBatch) -> None:
         for number, vector in zip(batch.numbers, self(batch).float().cpu(), strict=True):
             self._encoded[number] = vector
 
     def _evaluate(self, split: str, prefix: str) -> None:
-        """Precision@1 of every task; an item whose image was left out is similar to nothing."""
+        """Precision@1 of every task; an item whose image was left out is chosen by none, and chooses none."""
         found = {number: vector for part in gather_objects(self._encoded) for number, vector in part.items()}
         self._encoded = {}
         data: Any = vars(self.trainer)["datamodule"]
         tasks, items = data.evaluation(split), data.items(split)
         nothing = torch.zeros(self.encoder.embedding_dimension)
-        self.vectors = {item.key: found.get(number, nothing) for number, item in enumerate(items)}
-        self.precision = evaluate_precision(self.vectors, tasks, self.ties, normalize=False)
+        self.vectors = {"query": {}, "passage": {}}
+        for row in items:
+            self.vectors[row.kind][row.item.key] = found.get(row.number, nothing)
+        queries, targets = self.vectors["query"], self.vectors["passage"]
+        self.precision = evaluate_precision(queries, tasks, self.ties, normalize=False, targets=targets)
         values = {f"{prefix}/{name}": value for name, value in self.precision.metrics().items()}
         self.log_dict(values, prog_bar=False)
 

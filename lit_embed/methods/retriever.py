@@ -11,11 +11,12 @@ from lit_core.backbones import BackboneConfig, Lora, Quantization, transformer_b
 from lit_core.module import Method
 from lit_core.optim import Schedule
 from lit_core.sharding import shard
+from lit_embed.items import Kind
 from lit_embed.modules.batches import PairBatch, PairCollator, TextBatch, TextCollator
 from lit_embed.modules.encoder import Encoder, build_encoder
 from lit_embed.modules.evaluation import Vectors, dense_run, update_metrics
 from lit_embed.modules.export import export_encoder
-from lit_embed.modules.tokenization import EncoderConfig, Kind
+from lit_embed.modules.tokenization import EncoderConfig
 from lit_embed.retrieval.evaluate import evaluate
 from lit_embed.retrieval.metrics import RetrievalMetrics
 from lit_embed.retrieval.ranking import Run

@@ -12,7 +12,8 @@ from torch import Tensor
 from lit_core.errors import InputError
 from lit_core.tokens import Tokens
 from lit_embed.functional.corruption import Unit, corrupt_tokens, corrupt_words
-from lit_embed.modules.tokenization import Kind, TextTokenizer
+from lit_embed.items import Kind
+from lit_embed.modules.tokenization import TextTokenizer
 
 Direction = Literal["document_to_query", "query_to_document", "both"]
 

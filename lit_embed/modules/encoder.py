@@ -16,10 +16,11 @@ from lit_core.packed import packed_linears
 from lit_core.progress import track
 from lit_core.tokens import Tokens
 from lit_embed.functional.pooling import Pooling, finish, pool
+from lit_embed.items import Kind
 from lit_embed.modules.chunks import CPU_CHUNK_TOKENS as CPU_CHUNK_TOKENS  # others import them from here
 from lit_embed.modules.chunks import GPU_CHUNK_TOKENS as GPU_CHUNK_TOKENS
 from lit_embed.modules.chunks import ChunkedEncoder
-from lit_embed.modules.tokenization import EncoderConfig, Kind, TextTokenizer
+from lit_embed.modules.tokenization import EncoderConfig, TextTokenizer
 
 DEFAULT_LENGTH = 512  # tokens, where neither the user, the folder nor the tokenizer says less
 

@@ -18,11 +18,10 @@ from lit_core.progress import track
 from lit_core.sharding import full_tensor
 from lit_embed.functional import masks
 from lit_embed.functional.pooling import finish
-from lit_embed.items import Item
+from lit_embed.items import Item, Kind
 from lit_embed.modules.chunks import ChunkedEncoder
 from lit_embed.modules.multimodal_tokenization import MultimodalConfig, MultimodalTokenizer, VisionTokens
 from lit_embed.modules.multimodal_tokens import MultimodalTokens, PaddedRows, Row
-from lit_embed.modules.tokenization import Kind
 
 SETTINGS = "lit_multimodal.json"  # of an exported folder
 LONGEST = 4096  # tokens of an item, where neither the user, the folder nor the tokenizer says less

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lit_core.lm_head import IGNORE_INDEX
 from lit_core.samplers import mix_seed
 from lit_core.tokens import Tokens
 from lit_embed.functional.reconstruction import draw_masked, hide_patches, mask_tokens, maskable_tokens
-from lit_embed.items import Item
+from lit_embed.items import Item, Kind
 from lit_embed.modules.batches import PairBatch, document_key
 from lit_embed.modules.multimodal_tokenization import MultimodalTokenizer
 from lit_embed.modules.multimodal_tokens import MultimodalTokens, Row
@@ -239,8 +239,12 @@ class EncodeCollator:
         self.tokenizer = tokenizer
 
     def __call__(self, rows: Sequence[EncodeRow]) -> EncodeBatch:
-        made = self.tokenizer.rows([row.item for row in rows], "query")
-        kept = [(row.number, found) for row, found in zip(rows, made, strict=True) if found is not None]
+        made: dict[int, Row | None] = {}
+        for kind in get_args(Kind):
+            chosen = [row for row in rows if row.kind == kind]
+            prepared = self.tokenizer.rows([row.item for row in chosen], kind)
+            made |= zip((row.number for row in chosen), prepared, strict=True)
+        kept = [(row.number, found) for row in rows if (found := made[row.number]) is not None]
         return EncodeBatch([number for number, _ in kept], self.tokenizer.pack([found for _, found in kept]))
 
 

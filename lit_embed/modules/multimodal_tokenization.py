@@ -7,9 +7,8 @@ from typing import Any, Literal, get_args
 
 from lit_core.errors import InputError
 from lit_core.images import ImageSettings, Patches, patches
-from lit_embed.items import ImageSource, Item
+from lit_embed.items import ImageSource, Item, Kind
 from lit_embed.modules.multimodal_tokens import MultimodalTokens, Row
-from lit_embed.modules.tokenization import Kind
 
 Direction = Literal["bidirectional", "causal"]
 

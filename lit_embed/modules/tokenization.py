@@ -3,13 +3,12 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from lit_core.errors import InputError
 from lit_core.tokens import Tokens
 from lit_embed.functional.pooling import Pooling
-
-Kind = Literal["query", "passage"]
+from lit_embed.items import Kind
 
 
 @dataclass

@@ -78,7 +78,11 @@ class Ranked(NamedTuple):
 
 
 def evaluate_precision(
-    vectors: Mapping[Key, Tensor], tasks: Sequence[ChoiceTask], ties: Ties = "wrong", normalize: bool = True
+    vectors: Mapping[Key, Tensor],
+    tasks: Sequence[ChoiceTask],
+    ties: Ties = "wrong",
+    normalize: bool = True,
+    targets: Mapping[Key, Tensor] | None = None,
 ) -> Precision:
     """Score each query against its candidates.
 
@@ -86,10 +90,12 @@ def evaluate_precision(
     matrix product, so a tie is one.
 
     Args:
-        vectors: Embedding ``(D,)`` of every query and candidate by the item's key (``unique_items`` lists them).
+        vectors: Embedding ``(D,)`` of every query and candidate by the item's key (``encode_rows`` lists them).
         tasks: The tasks, of different names.
         ties: See ``precision_at_1``.
-        normalize: Compare by cosine; otherwise by dot product.
+        normalize: Compare by cosine; otherwise by dot product. A candidate of length 0, one that could not be encoded,
+            then comes behind all others.
+        targets: Embeddings of the candidates, where an item has another as a query; None takes ``vectors``.
 
     Raises:
         ValueError: There are no tasks, two have one name, a vector is missing or not finite, or one of length 0 is to
@@ -101,7 +107,7 @@ def evaluate_precision(
     values = {}
     for task in tasks:
         found = torch.empty(len(task.queries))
-        for numbers, scores, right in _scored(vectors, task, normalize):
+        for numbers, scores, right in _scored(vectors, task, normalize, targets):
             found[numbers] = precision_at_1(scores, right, ties)
         values[task.name] = found
     return Precision(tasks, values)
@@ -113,6 +119,7 @@ def top_candidates(
     top_k: int = 5,
     queries: Sequence[int] | None = None,
     normalize: bool = True,
+    targets: Mapping[Key, Tensor] | None = None,
 ) -> list[list[Ranked]]:
     """Rank each query's candidates, best first; among equal scores the right one comes last.
 
@@ -122,6 +129,7 @@ def top_candidates(
         top_k: Candidates to keep; all where there are fewer.
         queries: Numbers of the queries to rank for; all of them if ``None``.
         normalize: See ``evaluate_precision``.
+        targets: See ``evaluate_precision``.
 
     Returns:
         For each query asked for, in that order, its best candidates.
@@ -133,7 +141,7 @@ def top_candidates(
     part = ChoiceTask(task.name, task.group, task.domain, [task.queries[i] for i in chosen], task.targets,
                       [task.candidates[i] for i in chosen])  # fmt: skip
     ranked: list[list[Ranked]] = [[] for _ in chosen]
-    for numbers, scores, right in _scored(vectors, part, normalize):
+    for numbers, scores, right in _scored(vectors, part, normalize, targets):
         columns = np.sort(part.candidates[int(numbers[0])])
         for number, row, gold in zip(numbers.tolist(), scores.tolist(), right.tolist(), strict=True):
             candidates = [Ranked(task.targets[c], row[i], i == gold) for i, c in enumerate(columns)]
@@ -142,7 +150,7 @@ def top_candidates(
 
 
 def _scored(
-    vectors: Mapping[Key, Tensor], task: ChoiceTask, normalize: bool
+    vectors: Mapping[Key, Tensor], task: ChoiceTask, normalize: bool, of_targets: Mapping[Key, Tensor] | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Score the queries that have the same set of candidates with one matrix product.
 
@@ -151,7 +159,8 @@ def _scored(
         of the targets, and the column of the right one ``(Q,)``.
     """
     queries, query_rows = _distinct_rows(vectors, task.queries, normalize)
-    targets, target_rows = _distinct_rows(vectors, task.targets, normalize)
+    targets, target_rows = _distinct_rows(vectors if of_targets is None else of_targets, task.targets, normalize)
+    empty_queries, empty_targets = ((found == 0).all(1) for found in (queries, targets))
     lists: dict[bytes, list[int]] = {}
     for number, candidates in enumerate(task.candidates):
         lists.setdefault(np.sort(candidates).tobytes(), []).append(number)
@@ -160,6 +169,8 @@ def _scored(
         first = np.array([task.candidates[number][0] for number in numbers])
         rows, places = target_rows[torch.from_numpy(columns).long()].unique(return_inverse=True)
         scores = (queries[query_rows[numbers]] @ targets[rows].T).float()
+        behind = ~empty_queries[query_rows[numbers], None] & empty_targets[rows]  # else all are equal, and a tie
+        scores = scores.masked_fill(behind, -math.inf)
         yield torch.tensor(numbers), scores[:, places], torch.from_numpy(np.searchsorted(columns, first))
 
 

@@ -136,7 +136,7 @@ def test_contrastive_batches_and_evaluation() -> None:
     assert [len(rows) for rows in module.val_rows] == [20, 20]
     items = data.items("validate")
     assert sorted(row.number for row in module.encoded) == list(range(len(items)))
-    assert all(items[row.number] == row.item for row in module.encoded)
+    assert all(items[row.number] == row for row in module.encoded)
     tested = Recorder()
     trainer().test(tested, data, verbose=False)
     assert len(data.evaluation("test")) == 12
@@ -157,10 +157,10 @@ def test_a_perfect_and_a_blind_encoder() -> None:
     module = Recorder()
     trainer().test(module, data, verbose=False)
     tasks, items = data.evaluation("test"), data.items("test")
-    blind = {items[row.number].key: torch.ones(4) for row in module.encoded}
+    blind = {items[row.number].item.key: torch.ones(4) for row in module.encoded}
     assert evaluate_precision(blind, tasks).metrics()["p@1"] == 0
     assert evaluate_precision(blind, tasks, "random").metrics()["p@1"] == pytest.approx(1 / 8)
-    places = {item.key: torch.eye(len(items))[number] for number, item in enumerate(items)}
+    places = {row.item.key: torch.eye(len(items))[row.number] for row in items}
     for task in tasks:
         vectors = dict(places)
         for query, rows in zip(task.queries, task.candidates, strict=True):

@@ -78,7 +78,21 @@ def test_a_batch_of_unreadable_images_is_told(tmp_path: Path) -> None:
     for collate, row in collators:
         with pytest.raises(InputError, match="of a whole batch no image can be read"):
             collate([row])
-    batch = EncodeCollator(tokenizer)([EncodeRow(0, broken)])
+    batch = EncodeCollator(tokenizer)([EncodeRow(0, broken, "query")])
     assert batch.numbers == []
     with torch.no_grad():
         assert encoder(batch.tokens).shape == (0, encoder.embedding_dimension)
+
+
+def test_candidates_are_encoded_as_the_targets_of_training() -> None:
+    config = MultimodalConfig(max_tokens=64, query_prompt="the ", passage_prompt="and ")
+    tokenizer = build_multimodal_encoder("tiny-qwen2-vl", config).item_tokenizer
+    man, so = Item("man"), Item("so")
+    rows = [EncodeRow(3, man, "passage"), EncodeRow(5, so, "query"), EncodeRow(4, man, "query")]
+    batch = EncodeCollator(tokenizer)(rows)
+    assert batch.numbers == [3, 5, 4]
+    found = batch.tokens.ids.split(batch.tokens.lengths)
+    wanted = [tokenizer([row.item], row.kind).ids for row in rows]
+    assert all(map(torch.equal, found, wanted))
+    pairs = ItemPairCollator(tokenizer)([ContrastiveRow(so, man, None, "", 0)])
+    assert pairs.tokens.ids.tolist() == torch.cat([found[1], found[0]]).tolist()

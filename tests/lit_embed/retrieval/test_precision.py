@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_core.results import write_results
 from lit_embed.functional.precision import Ties
 from lit_embed.items import Item
-from lit_embed.multimodal import ChoiceTask, Key, choice_task, unique_items
+from lit_embed.multimodal import ChoiceTask, Key, choice_task, encode_rows
 from lit_embed.retrieval.precision import evaluate_precision, top_candidates
 
 TIES: tuple[Ties, ...] = ("wrong", "random", "compat")
@@ -129,13 +129,38 @@ def test_items_are_told_apart_by_text_and_picture() -> None:
     query = Item("Find it.", cat)  # type: ignore[arg-type]
     pictures = choice_task("a", "grounding", None, [(query, [right, wrong, right])])
     assert pictures.candidates[0].tolist() == [0, 1]  # an equal candidate is the same candidate
-    assert unique_items([pictures, pictures]) == [query, right, wrong]
+    assert {(row.item, row.kind) for row in encode_rows([pictures, pictures])} == {
+        (query, "query"), (right, "passage"), (wrong, "passage"),
+    }  # fmt: skip
     vectors = {
         query.key: torch.tensor([1.0, 0.0]),
         right.key: torch.tensor([1.0, 0.0]),
         wrong.key: torch.tensor([0.0, 1.0]),
     }
     assert evaluate_precision(vectors, [pictures]).metrics() == {"p@1/a": 1.0, "p@1/group/grounding": 1.0, "p@1": 1.0}
+
+
+def test_an_item_may_have_another_vector_as_a_candidate() -> None:
+    choice = task([("a", ["a", "b"])])
+    assert [(row.item.text, row.kind) for row in encode_rows([choice])] == [
+        ("a", "query"), ("a", "passage"), ("b", "passage"),
+    ]  # fmt: skip
+    queries, targets = vectors_of({"a": (1.0, 0.0)}), vectors_of({"a": (0.0, 1.0), "b": (0.8, 0.6)})
+    assert evaluate_precision(queries, [choice], targets=targets).metrics()["p@1"] == 0
+    (ranked,) = top_candidates(queries, choice, targets=targets)
+    assert [(one.item.text, pytest.approx(one.score)) for one in ranked] == [("b", 0.8), ("a", 0.0)]
+
+
+def test_what_was_left_out_is_chosen_by_none_and_chooses_none() -> None:
+    """Cosines may be negative, so that a score of 0 would beat them."""
+    vectors = vectors_of({"q": (1.0, 0.0), "x": (-0.6, 0.8), "y": (-0.8, 0.6), "gone": (0.0, 0.0)})
+    for query, candidates, value in (
+        ("q", ["gone", "x", "y"], 0),
+        ("q", ["x", "gone", "y"], 1),
+        ("gone", ["x", "y"], 0),
+    ):
+        found = evaluate_precision(vectors, [task([(query, candidates)])], normalize=False)
+        assert found.metrics()["p@1"] == value, (query, candidates)
 
 
 def test_ranking_some_queries_only() -> None:

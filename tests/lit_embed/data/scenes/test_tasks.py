@@ -18,7 +18,7 @@ from lit_embed.data.scenes import (
     training_pairs,
 )
 from lit_embed.data.scenes.scene import COLOURS, SHAPES
-from lit_embed.multimodal import ChoiceTask, unique_items
+from lit_embed.multimodal import ChoiceTask, encode_rows
 
 SMALL = SceneConfig(train_scenes=200, eval_scenes=80)
 
@@ -125,8 +125,8 @@ def test_answers_of_the_sort_come_first(tasks: dict[str, ChoiceTask]) -> None:
 
 
 def test_items_are_encoded_once(tasks: dict[str, ChoiceTask]) -> None:
-    items = unique_items(tasks.values())
-    assert len({item.key for item in items}) == len(items)
+    items = encode_rows(list(tasks.values()))
+    assert len({(row.item.key, row.kind) for row in items}) == len(items)
     assert len(items) < sum(len(task.queries) + len(task.targets) for task in tasks.values()) - 500
 
 
