@@ -18,6 +18,7 @@ from lit_core.stages import ExperimentCLI
 from lit_embed.data.scenes import build_scenes, probe_items
 from lit_embed.methods.cocoa import SMALL_GAP, small_gap
 from lit_embed.modules.multimodal import build_multimodal_encoder
+from lit_embed.modules.multimodal_tokenization import Direction, MultimodalConfig
 
 CAPTIONS, WARM = "captions", "warm"
 STAGES = ("warmup", "reconstruction", "contrastive")
@@ -109,8 +110,9 @@ def build(setting: Setting) -> Experiment:
     notes = (
         "Precision@1 counts ties as wrong; 'p@1' is the mean over tasks, each in and out of domain.",
         f"'probe' is the mean accuracy of a logistic regression per attribute on the bridge token of pictures, learned "
-        f"from {PROBED}, before stage 3; 'bridge_gap' what a target costs more behind another query, in nats a token; "
-        "'end_shift' the cosine distance between the bridge token's states with and without a target beside it.",
+        f"from {PROBED}, before stage 3, under the attention of the stage; 'bridge_gap' what a target costs more behind "
+        "another query, in nats a token; 'end_shift' the cosine distance between the bridge token's states with and "
+        "without a target beside it.",
         "'steps of all stages' takes the optimizer steps of the three stages in the contrastive one.",
     )
     stages = [path.read_text() for stage in ("captioning",) for path in setting.spec.configs(setting.scale, stage)]
@@ -171,13 +173,14 @@ def _stage(setting: Setting, context: ArmContext, stage: str, before: str | None
             write_reconstructions(context.folder, module, [rows[0, number, number] for number in chosen])
     folder = exported(cli, context.folder / "export")
     if cli.datamodule.path == "scenes":
-        metrics |= _probe(context, folder, cli)
+        metrics |= _probe(context, folder, cli, "causal" if stage == "captioning" else None)
     _copy_curves(context.folder, cli)
     write_results(context.folder, metrics, cost=_cost(cli))
 
 
-def _probe(context: ArmContext, folder: Path, cli: ExperimentCLI) -> Mapping[str, float]:
-    encoder = build_multimodal_encoder(str(folder))
+def _probe(context: ArmContext, folder: Path, cli: ExperimentCLI, attention: Direction | None) -> Mapping[str, float]:
+    """What a linear map reads off the bridge token, under the attention that the stage has trained."""
+    encoder = build_multimodal_encoder(str(folder), MultimodalConfig(attention=attention))
     scenes = build_scenes(cli.datamodule.scenes)
     (train, train_labels), (test, test_labels) = (probe_items(scenes, part) for part in ("train", "test"))
     vectors = [encoder.encode(items, "query", progress=False) for items in (train[:PROBED], test)]

@@ -13,6 +13,9 @@ from experiments.cocoa.__main__ import main as cocoa
 from experiments.cocoa.arms import build
 from experiments.cocoa.probe import linear_probe
 from lit_core.setting import Setting
+from lit_embed.data.scenes import SceneConfig, build_scenes, probe_items
+from lit_embed.modules.multimodal import build_multimodal_encoder
+from lit_embed.modules.multimodal_tokenization import MultimodalConfig
 
 SMOKE = ["--scale", "smoke", "--trainer.enable_progress_bar=false"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lightning 2.6 calls what jsonargparse 5 drops
@@ -49,6 +52,14 @@ def test_its_arms_end_with_a_report_and_pictures(tmp_path: Path) -> None:
     assert {"p@1", "p@1/ind", "p@1/ood", "p@1/group/vqa"} <= set(found["cocoa"])
     for name in ("Retrieved_by_CoCoA", "Reconstructed_words", "Attributes_by_a_linear_probe"):
         assert (folder / f"{name}.png").stat().st_size > 5000, name
+    config = SceneConfig(train_scenes=64, eval_scenes=8, candidates=8)  # of smoke.yaml
+    (train, labels), (test, wanted) = (probe_items(build_scenes(config), part) for part in ("train", "test"))  # type: ignore[arg-type]
+    (captions,) = (folder / "captions").glob("seed*")
+    encoder = build_multimodal_encoder(
+        str(captions / "export"), MultimodalConfig(attention="causal")
+    )  # as it was trained
+    vectors = [encoder.encode(items, "query", progress=False) for items in (train, test)]
+    assert json.loads((captions / "probe.json").read_text()) == linear_probe(vectors[0], labels, vectors[1], wanted)
     words = json.loads((folder / "bridge" / "seed0" / "words.json").read_text())
     assert len(words) == 5
     assert all(row["shown"].count("□") >= 1 for row in words)
