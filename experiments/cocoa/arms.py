@@ -110,9 +110,9 @@ def build(setting: Setting) -> Experiment:
     notes = (
         "Precision@1 counts ties as wrong; 'p@1' is the mean over tasks, each in and out of domain.",
         f"'probe' is the mean accuracy of a logistic regression per attribute on the bridge token of pictures, learned "
-        f"from {PROBED}, before stage 3, under the attention of the stage; 'bridge_gap' what a target costs more behind "
-        "another query, in nats a token; 'end_shift' the cosine distance between the bridge token's states with and "
-        "without a target beside it.",
+        f"from {PROBED}, before stage 3, under the attention of the stage; 'bridge_gap' what a target costs more "
+        "behind another query, in nats a token; 'end_shift' the cosine distance between the bridge token's states with "
+        "and without a target beside it.",
         "'steps of all stages' takes the optimizer steps of the three stages in the contrastive one.",
     )
     stages = [path.read_text() for stage in ("captioning",) for path in setting.spec.configs(setting.scale, stage)]

@@ -245,7 +245,8 @@ class CoCoA(Method):
         true = self._reconstruct(batch, train=False)
         if self.stage != "reconstruction":
             return {"val/loss": true}
-        other = true if batch.shuffled is None else self._reconstruct(batch.shuffled, train=False)
+        # where there is no other query the same pass again, so that sharded ranks stay in step
+        other = self._reconstruct(batch.shuffled or batch, train=False)
         shift = end_shift(self.encoder, batch, self.bridge, self.form)
         return {"val/loss": true, "val/loss_shuffled": other, "val/bridge_gap": other - true, "val/end_shift": shift}
 

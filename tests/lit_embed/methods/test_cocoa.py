@@ -1,6 +1,7 @@
 """CoCoA's losses against rows taken one by one, its stages in fits, its mistakes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lit_core.optim import Schedule
 from lit_embed.data.multimodal_datamodule import _MAKE, MultimodalDataModule
 from lit_embed.data.scenes import SceneConfig
 from lit_embed.functional import masks
+from lit_embed.functional.losses import per_query_info_nce
 from lit_embed.methods.cocoa import CoCoA, small_gap
 from lit_embed.modules.content import bridge_loss, caption_loss, end_shift, reconstruct, warmup_losses
 from lit_embed.modules.multimodal_batches import ReconstructionBatch
@@ -119,6 +121,21 @@ def test_targets_are_told_through_the_bridge_alone() -> None:
             assert int(found[place]) == (IGNORE_INDEX if label == IGNORE_INDEX else int(table[place - 1].argmax()))
 
 
+@torch.no_grad()
+def test_validation_batches_without_another_query_take_as_many_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sharded ranks gather weights in every pass, so that one that had fewer would leave the others waiting."""
+    module = build("reconstruction")
+    batch, passes = batch_of(module, train=False), list[int]()
+    states = module.encoder.states
+    monkeypatch.setattr(module.encoder, "states", lambda *a, **kw: (passes.append(1), states(*a, **kw))[1])
+    values = module._bridge_values(batch)
+    assert float(values["val/bridge_gap"]) != 0
+    count = len(passes)
+    values = module._bridge_values(replace(batch, shuffled=None))
+    assert float(values["val/bridge_gap"]) == 0
+    assert len(passes) == 2 * count
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_warm_up_losses_are_those_of_the_rows(backbone: str) -> None:
     module = build("warmup", backbone=backbone, text_rate=0.4)
@@ -207,6 +224,24 @@ def test_gradcache_takes_the_same_steps(tmp_path: Path) -> None:
     cached = fit(build("contrastive", grad_cache=True), tmp_path, 2)
     for name, value in plain.items():
         torch.testing.assert_close(cached[name], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "losses", "mean"),
+    [(1.0, [1.296023, 0.712067, 0.982352], 0.996814), (0.02, [18.000335, 0.0, 10.000045], 9.333460)],
+)
+def test_the_contrastive_loss_card_c6(temperature: float, losses: list[float], mean: float) -> None:
+    queries = torch.tensor([[3.0, 4.0], [0.0, 1.0], [1.0, 0.0]])
+    targets = torch.tensor([[1.0, 0.0], [0.0, 2.0], [4.0, 3.0]])
+    assert per_query_info_nce(queries, targets, temperature).tolist() == pytest.approx(losses, abs=5e-6)
+    batch = batch_of(build("contrastive"), 3)
+    batch = replace(
+        batch, queries=3, targets=torch.arange(3), passage_keys=torch.arange(3), positive_keys=torch.arange(3)[:, None],
+        own=torch.eye(3).bool(), own_only=torch.zeros(3, dtype=torch.bool),
+    )  # fmt: skip
+    loss = CoCoA(BACKBONES[0], temperature=temperature).loss(torch.cat([queries, targets]), batch)
+    assert float(loss) == pytest.approx(mean, abs=5e-6)
+    assert CoCoA(BACKBONES[0]).loss.temperature == 0.02
 
 
 def test_equal_targets_are_no_negatives() -> None:
