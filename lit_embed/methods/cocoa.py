@@ -69,7 +69,8 @@ class CoCoA(Method):
         image_weight: Weight of the pixels' loss (lambda).
         shared_noise: One row of noise for all hidden patches of an image, as MoCa draws it.
         target_rate: Share of a target's tokens that the second stage hides.
-        mask_token: Stands for a hidden token; by default the tokenizer's own, or ``_`` where it has none.
+        mask_token: Stands for a hidden token; by default the tokenizer's own, or a row of the embeddings that no token
+            has, or ``_`` (llm2vec's) where there is none.
         temperature: Divides the cosine similarity.
         cross_device: Use the targets of all devices as negatives, with exact gradients.
         grad_cache: Bound the memory of the third stage by one chunk (GradCache).
@@ -180,12 +181,17 @@ class CoCoA(Method):
         return EncodeCollator(self.encoder.item_tokenizer)
 
     def _hiding(self, rate: float) -> Hiding:
+        return Hiding(self._mask_id(), tuple(self.encoder.never_hidden), rate)
+
+    def _mask_id(self) -> int:
         tokenizer: Any = self.encoder.tokenizer
-        token = self.mask_token or tokenizer.mask_token or "_"
-        ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+        token, unused = self.mask_token or tokenizer.mask_token, len(tokenizer)
+        if token is None and unused < len(text_model(self.encoder.model).get_input_embeddings().weight):
+            return unused
+        ids = tokenizer(token or "_", add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise InputError(f"must be one token, '{token}' is {len(ids)}", field="mask_token")
-        return Hiding(ids[0], tuple(self.encoder.never_hidden), rate)
+            raise InputError(f"must be one token, '{token or '_'}' is {len(ids)}", field="mask_token")
+        return ids[0]
 
     @contextmanager
     def encoder_in_evaluation(self) -> Iterator[None]:

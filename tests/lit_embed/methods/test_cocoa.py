@@ -167,6 +167,20 @@ def test_captions_are_predicted_token_by_token() -> None:
     assert (batch.labels[ends] == module.encoder.tokenizer.eos_token_id).all()
 
 
+def test_without_a_mask_token_a_row_that_no_token_has_stands_for_hidden_ones() -> None:
+    """As Qwen2-VL's own tokenizer is: 151,657 tokens, 151,936 rows."""
+    module = build("reconstruction", backbone=BACKBONES[0])
+    assert (batch_of(module).tokens.ids == module.encoder.tokenizer.mask_token_id).any()
+    module.encoder.tokenizer.mask_token = None
+    unused = len(module.encoder.tokenizer)
+    module.encoder.model.resize_token_embeddings(unused + 8)  # type: ignore[operator]
+    batch = batch_of(module)
+    assert torch.equal(batch.tokens.ids == unused, batch.labels != IGNORE_INDEX)
+    assert bridge_loss(module.encoder, batch).isfinite()
+    module.mask_token = "_"
+    assert [module._mask_id()] == module.encoder.tokenizer("_", add_special_tokens=False)["input_ids"]
+
+
 def test_what_a_row_loses_depends_on_its_seed_alone() -> None:
     module = build("reconstruction")
     whole, part = batch_of(module, 6), batch_of(module, 3)
