@@ -13,6 +13,7 @@ from lit_core.errors import InputError
 from lit_core.files import read_json, write_json
 from lit_core.presets import is_preset
 from lit_core.reproduce import Arm, ArmContext, Claim, Experiment, write_results
+from lit_core.results import read_results
 from lit_core.setting import Setting
 from lit_core.stages import ExperimentCLI
 from lit_embed.data.scenes import build_scenes, probe_items
@@ -20,7 +21,8 @@ from lit_embed.methods.cocoa import SMALL_GAP, small_gap
 from lit_embed.modules.multimodal import build_multimodal_encoder
 from lit_embed.modules.multimodal_tokenization import Direction, MultimodalConfig
 
-CAPTIONS, WARM = "captions", "warm"
+CAPTIONS, WARM, BRIDGE = "captions", "warm", "bridge"
+COUNTED = (WARM, BRIDGE)  # arms of the first two stages, of which the paper counts one in epochs
 STAGES = ("warmup", "reconstruction", "contrastive")
 PROBED = 1000  # pictures that the probe learns from
 SHOWN = 5  # reconstructions that are shown
@@ -52,7 +54,7 @@ class Trained:
 
 
 BRIDGES = {  # the second stage: title, start, bridge, whether it is main
-    "bridge": ("after stage 2", WARM, "collaborative", True),
+    BRIDGE: ("after stage 2", WARM, "collaborative", True),
     "bridge_cold": ("after stage 2, no stage 1", CAPTIONS, "collaborative", False),
     "bridge_strict": ("after stage 2, strict", WARM, "strict", False),
     "bridge_one_way": ("after stage 2, one way", WARM, "one_way", False),
@@ -81,11 +83,13 @@ def build(setting: Setting) -> Experiment:
     arms.append(Arm(WARM, "after stage 1", lambda c: _stage(setting, c, "warmup", CAPTIONS), needs=start(CAPTIONS)))
     for name, (title, before, bridge, main) in BRIDGES.items():
         arms.append(_bridge_arm(setting, name, title, before, bridge, main, start(before)))
+    counted = COUNTED if setting.scale == "paper" else ()
+    needs = {one.name: (*start(one.start), *(counted if one.equal else ())) for one in ARMS}
     for one in ARMS:
-        arms.append(_trained_arm(setting, one, one.name, one.title, one.main, (), start(one.start)))
+        arms.append(_trained_arm(setting, one, one.name, one.title, one.main, (), needs[one.name]))
     for one in ARMS:
         title, main = f"{one.title}, a tenth of the pairs", one.tenth
-        arms.append(_trained_arm(setting, one, f"{one.name}_tenth", title, main, (TENTH,), start(one.start)))
+        arms.append(_trained_arm(setting, one, f"{one.name}_tenth", title, main, (TENTH,), needs[one.name]))
     metric = "p@1"
     pairs = [(claim, ours, theirs) for claim, ours, theirs in (
         ("CoCoA beats contrastive training", "cocoa", "bidirectional"),
@@ -136,7 +140,7 @@ def _trained_arm(
     def run(context: ArmContext) -> None:
         every = [*_start(context, one.start), *one.flags, *flags]
         if one.equal:
-            every.append(f"--trainer.max_steps={_steps(setting)}")
+            every.append(f"--trainer.max_steps={_steps(setting, context)}")
         cli = setting.fit(context.folder / "fit", context.seed, every, "contrastive")
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         module: Any = cli.model
@@ -148,9 +152,12 @@ def _trained_arm(
     return Arm(name, title, run, main=main, needs=needs)
 
 
-def _steps(setting: Setting) -> int:
-    """Optimizer steps of the three stages together."""
+def _steps(setting: Setting, context: ArmContext) -> int:
+    """Optimizer steps of the three stages together; of a stage that counts epochs those that its arm has taken."""
     steps = [setting.value(stage, "trainer.max_steps") for stage in STAGES]
+    for number, arm in enumerate(COUNTED):
+        if steps[number] < 1 and arm in context.needed:
+            steps[number] = int(read_results(context.of(arm)).cost["steps"])
     if min(steps) < 1:
         raise InputError("equal compute is counted in steps: state them for every stage", field="trainer.max_steps")
     return sum(steps)

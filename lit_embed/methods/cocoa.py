@@ -303,7 +303,7 @@ class CoCoA(Method):
         queries, targets = self.vectors["query"], self.vectors["passage"]
         self.precision = evaluate_precision(queries, tasks, self.ties, normalize=False, targets=targets)
         values = {f"{prefix}/{name}": value for name, value in self.precision.metrics().items()}
-        self.log_dict(values, prog_bar=False)
+        self.log_dict(values, sync_dist=True)
 
     def on_train_end(self) -> None:
         """Say so where the second stage has not learned to read its bridge: the third then starts from nothing."""

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from experiments.cocoa import SPEC
 from experiments.cocoa.__main__ import main as cocoa
-from experiments.cocoa.arms import build
+from experiments.cocoa.arms import _steps, build
 from experiments.cocoa.probe import linear_probe
+from lit_core.experiment import ArmContext, Clock
+from lit_core.results import write_results
 from lit_core.setting import Setting
 from lit_embed.data.scenes import SceneConfig, build_scenes, probe_items
 from lit_embed.modules.multimodal import build_multimodal_encoder
@@ -38,6 +40,18 @@ def test_the_experiment_builds() -> None:
     main = {arm.name for arm in experiment.arms if arm.main}
     assert {"captions", "warm", "bridge", "causal", "bidirectional", "equal", "warm_only", "cocoa"} <= main
     assert {"cold", "strict", "one_way", "cocoa_tenth", "strict_tenth"} <= {arm.name for arm in experiment.arms}
+
+
+def test_equal_compute_counts_the_steps_of_stages_in_epochs(tmp_path: Path) -> None:
+    """The paper's second stage has two epochs; the first has 3000 steps and the third 2000."""
+    setting = Setting(SPEC, "paper", (f"--data.path={tmp_path}",))
+    arms = {arm.name: arm for arm in build(setting).arms}
+    assert {"warm", "bridge"} <= set(arms["equal"].needs)
+    write_results(tmp_path / "bridge", {"bridge_gap": 1.0}, cost={"steps": 77.0})
+    needed = {"warm": tmp_path / "warm", "bridge": tmp_path / "bridge"}
+    context = ArmContext("cocoa", "paper", "equal", 0, tmp_path, Clock(tmp_path), needed)
+    assert _steps(setting, context) == 3000 + 77 + 2000
+    assert not {"warm", "bridge"} & set({arm.name: arm for arm in build(Setting(SPEC, "tiny", ())).arms}["equal"].needs)
 
 
 @pytest.mark.slow
