@@ -16,6 +16,7 @@ from lit_core.experiment import ArmContext, Clock
 from lit_core.results import write_results
 from lit_core.setting import Setting
 from lit_embed.data.scenes import SceneConfig, build_scenes, probe_items
+from lit_embed.items import ImageFile, Item
 from lit_embed.modules.multimodal import build_multimodal_encoder
 from lit_embed.modules.multimodal_tokenization import MultimodalConfig
 
@@ -79,6 +80,38 @@ def test_its_arms_end_with_a_report_and_pictures(tmp_path: Path) -> None:
     assert all(row["shown"].count("□") >= 1 for row in words)
 
 
+def photographs(folder: Path) -> Path:
+    """Two photographs with questions and answers, in the layout of MMEB's evaluation."""
+    images = pytest.importorskip("sklearn.datasets", reason="scikit-learn carries the photographs")
+    from PIL import Image
+
+    (folder / "photos").mkdir(parents=True)
+    rows = []
+    for name, pixels, texts in zip(("china.png", "flower.png"), images.load_sample_images().images,
+                                   (["a temple", "a flower"], ["a flower", "a temple"]), strict=True):  # fmt: skip
+        Image.fromarray(pixels).resize((112, 84)).save(folder / name)
+        rows.append({"qry_text": "<|image_1|> What is shown?", "qry_img_path": name, "tgt_text": texts,
+                     "tgt_img_path": ["", ""]})  # fmt: skip
+    (folder / "photos" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.parametrize("backbone", ["tiny-qwen2-vl", "tiny-qwen2_5-vl"])
+def test_photographs_and_texts_through_predict_of_an_exported_folder(tmp_path: Path, backbone: str) -> None:
+    data, export, out = photographs(tmp_path / "eval"), tmp_path / "export", tmp_path / "out"
+    assert cocoa(["export", "--backbone", backbone, "--output", str(export)]) == 0
+    args = [*SMOKE, "--data.path", str(data), "--model.backbone", str(export), "--trainer.default_root_dir", str(out)]
+    assert cocoa(["predict", *args]) == 0
+    ids = json.loads((out / "items.ids.json").read_text())
+    found = dict(zip(ids, load_file(out / "items.safetensors")["vectors"], strict=True))
+    assert len(found) == 4
+    encoder = build_multimodal_encoder(backbone, MultimodalConfig(image_size=56))
+    asked = Item("<|image_1|> What is shown?", ImageFile(data / "china.png"))
+    expected = torch.cat([encoder.encode([asked], "query"), encoder.encode([Item("a flower")], "passage")])
+    given = torch.stack([found[f"{data / 'china.png'}\t{asked.text}"], found["a flower"]])
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.slow
 def test_one_command_runs_all_stages_and_the_export_reads_photographs(tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -89,20 +122,7 @@ def test_one_command_runs_all_stages_and_the_export_reads_photographs(tmp_path: 
     assert 0 <= results["metrics"]["p@1"] <= 1
     export = tmp_path / "export"
     assert cocoa(["export", "--ckpt_path", str(run / "contrastive" / "last.ckpt"), "--output", str(export)]) == 0
-    images = pytest.importorskip("sklearn.datasets", reason="scikit-learn carries the photographs")
-    from PIL import Image
-
-    (tmp_path / "eval" / "photos").mkdir(parents=True)
-    names = []
-    for name, pixels in zip(("china.png", "flower.png"), images.load_sample_images().images, strict=True):
-        Image.fromarray(pixels).resize((112, 84)).save(tmp_path / "eval" / name)
-        names.append(name)
-    rows = [
-        {"qry_text": "<|image_1|> What is shown?", "qry_img_path": name, "tgt_text": texts, "tgt_img_path": ["", ""]}
-        for name, texts in zip(names, (["a temple", "a flower"], ["a flower", "a temple"]), strict=True)
-    ]
-    (tmp_path / "eval" / "photos" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = ["--data.path", str(tmp_path / "eval")]
+    data = ["--data.path", str(photographs(tmp_path / "eval"))]
     out = tmp_path / "out"
     common = [*SMOKE, *data, "--trainer.default_root_dir", str(out), "--model.backbone", str(export)]
     assert cocoa(["predict", *common]) == 0
