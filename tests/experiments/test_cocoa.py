@@ -159,3 +159,64 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert told in error
+
+
+ASK = "<|image_1|> What is shown?"
+QUERY = {"qry": ASK, "qry_image_path": "a.png", "pos_text": "a red ball"}
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "told"),
+    [
+        ({"qry_image_path": "broken.png"}, [], "broken.png: cannot be read as an image"),
+        ({"qry_image_path": "broken.png"}, ["--data.num_workers=1"], "broken.png: cannot be read as an image"),
+        ({"qry_image_path": "none.png"}, [], "rows.jsonl:6: field 'qry_image_path': no such image: "),
+        ({"qry_image_path": ""}, [], "rows.jsonl:6: field 'qry': has <|image_1|> in its text, but no image"),
+        (
+            {"pos_text": f"{ASK} A ball."},
+            [],
+            "rows.jsonl:6: field 'pos_text': has <|image_1|> in its text, but no image",
+        ),
+        ({"pos_text": "a <|image_pad|>"}, [], "holds <|image_pad|>, which only an image may bring"),
+        ({}, ["--model.encoder.bridge=<|endoftext|>"], "field 'bridge': the bridge token must differ from the padding"),
+        (
+            {},
+            ["--model.encoder.max_tokens=6"],
+            "a.png: its 4 tokens, their two marks and the end make 7, more than max_t",
+        ),
+        (
+            {},
+            ["--model.encoder.max_tokens=7"],
+            "a.png: its tokens, their two marks, the end and one token",
+        ),
+    ],
+)
+def test_mistakes_in_files_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, row: dict[str, str], flags: list[str], told: str
+) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_text("no image")
+    rows = [*[QUERY] * 5, QUERY | row]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["--data.path", str(tmp_path / "rows.jsonl"), "--data.batch_size=3", "--stage", "reconstruction"]
+    assert cocoa(["fit", *SMOKE, "--trainer.default_root_dir", str(tmp_path / "run"), *data, *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert told in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_unreadable_images_and_empty_targets_are_left_out_where_that_is_allowed(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_text("no image")
+    rows = [*[QUERY] * 9, QUERY | {"qry_image_path": "broken.png"}, QUERY | {"pos_text": " "}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["--data.path", str(tmp_path / "rows.jsonl"), "--data.batch_size=3", "--stage", "reconstruction"]
+    flags = ["--model.encoder.skip_unreadable=true", "--trainer.default_root_dir", str(tmp_path / "run")]
+    assert cocoa(["fit", *SMOKE, *data, *flags]) == 0
+    assert (tmp_path / "run" / "reconstruction" / "last.ckpt").is_file()
