@@ -20,7 +20,7 @@ def figures(folders: Folders) -> Mapping[str, "Figure"]:
     """Draw the figures of the arms that were run."""
     found: dict[str, Figure] = {}
     for arm, paths in folders.items():
-        if arm == "cocoa" and (paths[0] / "retrieval.json").exists():
+        if arm == "cocoa" and _retrieved(paths[0]):
             found["Retrieved by CoCoA"] = retrieval_grid(paths[0])
         if arm == "bridge" and (paths[0] / "words.json").exists():
             found["Reconstructed words"] = reconstructed_words(paths[0])
@@ -108,6 +108,10 @@ def probe_bars(folders: Folders) -> "Figure":
         axes.set_ylim(0, 1)
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _retrieved(folder: Path) -> bool:
+    return (folder / "retrieval.json").exists() and bool(read_json(folder / "retrieval.json"))
 
 
 def _probe(paths: Sequence[Path]) -> bool:

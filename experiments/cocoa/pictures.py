@@ -1,6 +1,6 @@
 """What runs leave behind for the report's pictures: retrieved candidates, and reconstructed words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_core.errors import InputError
 from lit_core.files import atomic_path, write_json
 from lit_core.lm_head import IGNORE_INDEX
 from lit_embed.items import MARKER, Item, Kind
@@ -48,22 +49,32 @@ class Album:
 def write_retrieval(
     folder: Path, vectors: Mapping[Kind, Mapping[Key, Tensor]], tasks: Sequence[ChoiceTask], each: int = 1
 ) -> None:
-    """The best candidates of the first queries of each task: ``retrieval.json`` and ``retrieval.npz``."""
+    """The best candidates of the first queries of each task: ``retrieval.json`` and ``retrieval.npz``.
+
+    What was left out because its image cannot be read, and so has a vector of length 0, is not shown.
+    """
     queries, targets = vectors["query"], vectors["passage"]
     album, rows = Album(folder / "retrieval.npz"), []
     for task in tasks:
-        chosen = list(range(min(each, len(task.queries))))
+        chosen = [number for number, query in enumerate(task.queries) if queries[query.key].any()][:each]
         best = top_candidates(queries, task, TOP, chosen, normalize=False, targets=targets)
         for number, ranked in zip(chosen, best, strict=True):
-            candidates = [{**album.add(one.item), "score": one.score, "right": one.right} for one in ranked]
+            candidates = [{**album.add(one.item), "score": one.score, "right": one.right} for one in ranked
+                          if targets[one.item.key].any()]  # fmt: skip
             rows.append({"task": task.name, "query": album.add(task.queries[number]), "candidates": candidates})
     album.write()
     write_json(folder / "retrieval.json", rows)
 
 
 def write_reconstructions(folder: Path, module: CoCoA, rows: Sequence[ReconstructionRow]) -> None:
-    """Hidden words as the bridge tells them, and behind another query: ``words.json`` and ``words.npz``."""
+    """Hidden words as the bridge tells them, and behind another query: ``words.json`` and ``words.npz``.
+
+    Rows of which nothing can be made, such as those whose image was left out, are not shown.
+    """
     collate = module.multimodal_collator("reconstruction", train=False)
+    rows = [row for row in rows if _is_whole(collate, row)]
+    if not rows:
+        return
     batch = collate(rows)
     album, tokenizer = Album(folder / "words.npz"), module.encoder.tokenizer
     true = reconstruct(module.encoder, batch, module.bridge, module.form)
@@ -85,3 +96,11 @@ def write_reconstructions(folder: Path, module: CoCoA, rows: Sequence[Reconstruc
         })  # fmt: skip
     album.write()
     write_json(folder / "words.json", texts)
+
+
+def _is_whole(collate: Callable[[list[ReconstructionRow]], Any], row: ReconstructionRow) -> bool:
+    try:
+        collate([row])
+    except InputError:
+        return False
+    return True

@@ -139,6 +139,8 @@ def read_captions(path: Path | str, image_root: Path | str | None = None, limit:
     Raises:
         InputError: The file is missing, empty or broken, or a row lacks a caption or an image.
     """
+    if Path(path).is_dir() and not _data_files(Path(path)):
+        raise InputError("no file of captions in it (rows of image_path and caption)", path)
     items = []
     for _, row in _rows(path, "", image_root, None, limit):
         for field in ("caption", "image_path"):

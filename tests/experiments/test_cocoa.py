@@ -11,14 +11,17 @@ from safetensors.torch import load_file
 from experiments.cocoa import SPEC
 from experiments.cocoa.__main__ import main as cocoa
 from experiments.cocoa.arms import _steps, build
+from experiments.cocoa.pictures import write_reconstructions, write_retrieval
 from experiments.cocoa.probe import linear_probe
 from lit_core.experiment import ArmContext, Clock
 from lit_core.results import write_results
 from lit_core.setting import Setting
 from lit_embed.data.scenes import SceneConfig, build_scenes, probe_items
 from lit_embed.items import ImageFile, Item
+from lit_embed.methods.cocoa import CoCoA
 from lit_embed.modules.multimodal import build_multimodal_encoder
 from lit_embed.modules.multimodal_tokenization import MultimodalConfig
+from lit_embed.multimodal import ReconstructionRow, choice_task
 
 SMOKE = ["--scale", "smoke", "--trainer.enable_progress_bar=false"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lightning 2.6 calls what jsonargparse 5 drops
@@ -159,6 +162,27 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert told in error
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_pictures_leave_out_what_cannot_be_read(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    here, gone = (Item("what is it?", ImageFile(tmp_path / name)) for name in ("a.png", "none.png"))
+    right, wrong = Item("a ball"), Item("a ring", gone.image)
+    task = choice_task("t", "vqa", None, [(gone, [right, wrong]), (here, [right, wrong])])
+    nothing, one = torch.zeros(2), torch.tensor([1.0, 0.0])
+    vectors = {"query": {gone.key: nothing, here.key: one}, "passage": {right.key: one, wrong.key: nothing}}
+    write_retrieval(tmp_path, vectors, [task])  # type: ignore[arg-type]
+    (row,) = json.loads((tmp_path / "retrieval.json").read_text())
+    assert (row["query"]["picture"], [found["text"] for found in row["candidates"]]) == (0, ["a ball"])
+    config = MultimodalConfig(image_size=56, max_tokens=64, skip_unreadable=True)
+    module = CoCoA("tiny-qwen2-vl", "reconstruction", encoder=config)
+    module.configure_model()
+    rows = [ReconstructionRow(item, "a ball", "t", 0) for item in (gone, here)]
+    write_reconstructions(tmp_path, module.eval(), rows)
+    assert len(json.loads((tmp_path / "words.json").read_text())) == 1
 
 
 ASK = "<|image_1|> What is shown?"

@@ -200,6 +200,10 @@ def test_captions(folder: Path) -> None:
             read_captions(write(folder / "captions.jsonl", [rows[0], rows[1] | change]))
     with pytest.raises(InputError, match=r"other.json:1: field 'caption': the field is missing; the row has: qry"):
         read_captions(write(folder / "other.json", TRAIN))
+    (folder / "tasks" / "VOC2007").mkdir(parents=True)
+    write(folder / "tasks" / "VOC2007" / "original.jsonl", TRAIN)
+    with pytest.raises(InputError, match=r"tasks: no file of captions in it \(rows of image_path and caption\)"):
+        read_captions(folder / "tasks")
 
 
 def test_nothing_to_read(folder: Path) -> None:
