@@ -28,7 +28,7 @@ from experiments.boom.training import (
     trained_arm,
     two_stage_arm,
 )
-from lit_core.presets import is_preset
+from lit_core.errors import InputError
 from lit_core.reproduce import Arm, Claim, Experiment
 from lit_core.setting import Setting
 from lit_embed.data.bagging import size_weights, training_cost
@@ -70,12 +70,14 @@ WAYS: dict[str, tuple[str, dict[str, float], bool]] = {  # of merging models of 
 def build(setting: Setting) -> Experiment:
     """The arms and claims at a scale."""
     setting = _with_late_rows(setting)
-    based = is_preset(setting.value(None, "model.backbone"))
-    needs = (BASE,) if based else ()
+    if (quantization := setting.value(None, "model.quantization")) is not None:
+        raise InputError(
+            f"members are merged whole, which weights in {quantization} cannot be; leave it out", field="quantization"
+        )
+    needs = (BASE,)
     steps = ("--checkpoint.save_top_k=-1", "--checkpoint.filename={step}")
     full = Trained(FULL, "BLS (batch-level shuffling)", steps, main=True)
-    arms: list[Arm] = [base_arm(setting)] if based else []
-    arms.append(trained_arm(setting, full, needs, None))
+    arms = [base_arm(setting), trained_arm(setting, full, needs, None)]
     for name, bag in MEMBERS.items():
         title = f"the other {bag[0]:g} %" if bag[2] else f"member, {bag[0]:g} %"
         one = Trained(name, title, cost=bag[0] / 100, order=1 + bag[1] + 10 * bag[2], main=name in MAIN_MEMBERS)

@@ -94,7 +94,7 @@ def interpolated_arm(setting: Setting, share: float, needs: tuple[str, ...]) -> 
     """Between the base and the run over all data: robustness without bags."""
 
     def run(context: ArmContext) -> None:
-        models = [context.of(FULL) / EXPORT, base_model(setting, context)]
+        models = [context.of(FULL) / EXPORT, context.of(BASE) / EXPORT]
         _merge(setting, context, Merged("", "", (), 1.0, "linear", (share, 1 - share)), models)
 
     name = f"interpolated_{100 * share:.0f}"
@@ -165,20 +165,8 @@ def _passages(encoder: Any, texts: list[str]) -> torch.Tensor:
     return encoder.encode(texts, "passage", progress=False) if texts else torch.zeros(0, encoder.embedding_dimension)
 
 
-def base_model(setting: Setting, context: ArmContext) -> Path:
-    """Folder of the model that members were trained from."""
-    if BASE in context.needed:
-        return context.of(BASE) / EXPORT
-    backbone = setting.value(None, "model.backbone")
-    if Path(backbone).is_dir():
-        return Path(backbone)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(backbone, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-
-
 def _merge(setting: Setting, context: ArmContext, one: Merged, models: Sequence[Path]) -> None:
-    base = base_model(setting, context)
+    base = context.of(BASE) / EXPORT
     target = context.folder / MERGED
     if not target.exists():
         merge_folders(models, target, one.method, one.weights, base if one.of_base else None, **one.options)

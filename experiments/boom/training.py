@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.retrieval import exported
 from lit_core.files import read_json, write_json
+from lit_core.presets import is_preset
 from lit_core.reproduce import Arm, ArmContext, write_results
 from lit_core.setting import Setting
 from lit_core.stages import ExperimentCLI
@@ -130,15 +131,35 @@ def new_sets(setting: Setting) -> list[str]:
 
 
 def base_arm(setting: Setting) -> Arm:
-    """What all models start from, where the backbone has random weights: trained on all domains, thinly."""
+    """What all models start from and are compared with: the backbone as it is, or a preset that is trained before.
+
+    A preset has random weights: it is trained on all domains, thinly. Any other backbone is exported untrained, so that
+    its tensors have the names that the models' exports give them.
+    """
 
     def run(context: ArmContext) -> None:
-        built_in = ["--data.path=families", "--data.base=true", "--data.new=null", "--data.hard_negatives=none"]
-        chosen = ["--data.train_on=null", "--data.types=null", "--data.leave_out=null", "--model.lora.r=0"]
-        cost = fit(setting, context.folder, 0, [*built_in, *chosen], "base")
+        if is_preset(setting.value(None, "model.backbone")):
+            built_in = ["--data.path=families", "--data.base=true", "--data.hard_negatives=none", "--data.part=all"]
+            unset = ("new", "train_on", "types", "leave_out", "held_out", "task_instructions", "order")
+            chosen = [f"--data.{name}=null" for name in unset]
+            cost = fit(setting, context.folder, 0, [*built_in, *chosen, "--model.lora.r=0"], "base")
+        else:
+            _export_untrained(setting, context.folder)
+            cost = {"steps": 0.0, "tokens": 0.0}
         evaluate(setting, context, context.folder / EXPORT, {"cost": 0.0}, only_costs(cost))
 
     return Arm(BASE, "base", run, seeded=False)
+
+
+def _export_untrained(setting: Setting, folder: Path) -> None:
+    """Write the backbone without adapters of its own, once."""
+    if not (folder / EXPORT).exists():
+        args = ["fit", *setting.flags, "--model.lora.r=0"]
+        cli: Any = ExperimentCLI(
+            setting.spec, args, setting.spec.configs(setting.scale), folder, quiet=True, execute=False
+        )
+        cli.model.configure_model()
+        cli.model.export(folder / EXPORT)
 
 
 def trained_arm(setting: Setting, one: Trained, needs: tuple[str, ...], bag: tuple[float, int, bool] | None) -> Arm:

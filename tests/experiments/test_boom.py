@@ -17,8 +17,10 @@ from experiments.boom import SPEC
 from experiments.boom.__main__ import main as boom
 from experiments.boom.arms import MEMBERS, build
 from experiments.boom.merges import side_by_side
+from lit_core.errors import InputError
 from lit_core.files import read_json
 from lit_core.merging import merge
+from lit_core.presets import preset_config, preset_tokenizer
 from lit_core.setting import Setting
 from lit_embed.data.bagging import sample_size, size_weights
 from tests.experiments.test_real_data import part_of
@@ -64,6 +66,32 @@ def test_the_cosine_of_vectors_side_by_side_is_the_mean_of_cosines() -> None:
     cosines = [torch.nn.functional.normalize(part, dim=1) @ torch.nn.functional.normalize(part, dim=1).T
                for part in members]  # fmt: skip
     torch.testing.assert_close(joined @ joined.T, torch.stack(cosines).mean(0))
+
+
+def test_quantised_members_are_refused() -> None:
+    with pytest.raises(InputError, match="field 'quantization': members are merged whole, which weights in int8"):
+        build(Setting(SPEC, "tiny", ("--model.quantization=int8",)))
+
+
+@pytest.mark.slow
+def test_a_backbone_of_the_users_is_the_base(tmp_path: Path) -> None:
+    """The folder holds a language model, whose tensors have other names than those of the members' exports."""
+    from transformers import Qwen3ForCausalLM
+
+    Qwen3ForCausalLM(preset_config("nano-qwen3", num_hidden_layers=1)).save_pretrained(tmp_path / "own")
+    preset_tokenizer("nano-qwen3").save_pretrained(tmp_path / "own")
+    command = ["--arms", "interpolated_75", "--seeds", "0", *SMOKE, THREE, f"--model.backbone={tmp_path / 'own'}"]
+    assert boom([*command, "--runs_dir", str(tmp_path)]) == 0
+    base, bls, merged = (
+        load_file(tmp_path / "boom" / place / "model.safetensors")
+        for place in ("base/seed0/export", "bls/seed0/export", "interpolated_75/seed0/merged")
+    )
+    own = load_file(tmp_path / "own" / "model.safetensors")
+    assert base.keys() == {name.removeprefix("model.") for name in own} != own.keys()
+    assert all(torch.equal(base[name.removeprefix("model.")], own[name]) for name in own)
+    assert all(torch.allclose(merged[name], 0.75 * bls[name] + 0.25 * base[name], atol=1e-6) for name in base)
+    assert results(tmp_path, "interpolated_75")["metrics"]["drift"] > 0
+    assert results(tmp_path, "base")["metrics"]["cost"] == 0
 
 
 @pytest.mark.slow
