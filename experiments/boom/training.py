@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.retrieval import exported
+from lit_core.errors import InputError
 from lit_core.files import read_json, write_json
 from lit_core.presets import is_preset
 from lit_core.reproduce import Arm, ArmContext, write_results
@@ -91,7 +92,9 @@ def evaluate(
     """Test the model in a folder and write the arm's results; this marks the arm as done."""
     cli = evaluation_cli(setting, context.folder, model)
     module: Any = cli.model
-    tasks = [one.task for one in cli.datamodule.evaluation("test")]
+    tasks = [one.task for one in cli.datamodule.evaluation("test") if one.task.name in module.task_scores]
+    if not tasks:
+        raise InputError("no task was tested whole; allow more batches", field="limit_test_batches")
     scores = {task.name: module.task_scores[task.name][task.main] for task in tasks}
     finish(setting, context, scores, {task.name: task.domain for task in tasks}, module.task_means, extra, cost)
 
