@@ -1,6 +1,7 @@
 """The data of BOOM: several training sets of different task types, bags of them, and tasks to evaluate on."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple, get_args
@@ -150,7 +151,9 @@ class TaskDataModule(EncodingDataModule):
             InputError: Something is missing or broken in the data; the error names file, line and field.
         """
         if not self._sources:
-            self._sources = [source for path in self.paths for source in self._sources_of(path)]
+            sources = [source for path in self.paths for source in self._sources_of(path)]
+            self._check_names(sources)
+            self._sources = sources
         if stage == "fit" and not self._datasets:
             for note in filter(None, (source.note() for source in self._sources)):
                 rank_zero_info(note)
@@ -163,6 +166,8 @@ class TaskDataModule(EncodingDataModule):
             tasks = [task for source in self._sources for task in source.evaluation(stage)]
             if not tasks:
                 raise InputError("there is nothing to evaluate on", ", ".join(self.paths))
+            if twice := [name for name, count in Counter(task.name for task in tasks).items() if count > 1]:
+                raise InputError(f"there are two tasks '{twice[0]}'; rename a folder or file", field="path")
             queries, passages = _Texts(), _Texts()
             self._evaluation[stage] = [
                 EncodedTask(
@@ -181,8 +186,8 @@ class TaskDataModule(EncodingDataModule):
         return self._texts[stage]
 
     def training_sets(self) -> dict[str, dict[str, Any]]:
-        """Task type and number of rows of each set that is trained on, before any part or bag, after ``setup``."""
-        return {of.task.name: {"type": of.task.type, "rows": len(of.task.examples)} for of in self._sets}
+        """Task type and rows of each set that is trained on, within ``limit``, before part and bag, after ``setup``."""
+        return {of.task.name: {"type": of.task.type, "rows": self._size(of)} for of in self._sets}
 
     def train_dataloader(self) -> ResumableLoader:
         if self._saved:
@@ -252,9 +257,24 @@ class TaskDataModule(EncodingDataModule):
         said = self.task_instructions if self.instructions else None
         return list(sources_of(path, said, self.held_out, self.limit, self.split_seed, self.beir))
 
+    def _check_names(self, sources: Sequence[Any]) -> None:
+        """Refuse names of folders or files that there are not."""
+        known = [source.name for source in sources if not isinstance(source, FamiliesSource)]
+        for field, names in (("held_out", self.held_out), ("task_instructions", self.task_instructions)):
+            for name in names:
+                if name not in known:
+                    there = f"only {', '.join(known)}" if known else "as all sets are built in"
+                    raise InputError(f"there is no folder or file '{name}', {there}", field=field)
+
+    def _size(self, task_set: TaskSet) -> int:
+        rows = len(task_set.task.examples)
+        return rows if self.limit is None else min(rows, self.limit)
+
     def _train_sets(self) -> tuple[list[TaskSet], list[PairDataset], dict[str, Any]]:
         """The sets that are left after all filters, their datasets, and the manifest of their rows."""
         sets = [task_set for source in self._sources for task_set in source.train()]
+        if not sets:
+            raise InputError("everything is held out, so there is nothing to train on", field="held_out")
         names = [task_set.task.name for task_set in sets]
         for field, chosen, known in (
             ("train_on", self.train_on or [], names),
@@ -274,10 +294,12 @@ class TaskDataModule(EncodingDataModule):
             and (self.train_on is None or task_set.task.name in self.train_on)
             and task_set.task.name not in self.leave_out
         ]  # fmt: skip
+        if not kept:
+            raise InputError("no training set is left; change types, train_on or leave_out")
         rows: dict[str, Rows] = {}
         for task_set in kept:
             name = task_set.task.name
-            of_part = self.rows_of(name, min(len(task_set.task.examples), self.limit or len(task_set.task.examples)))
+            of_part = self.rows_of(name, self._size(task_set))
             if len(of_part):
                 rows[name] = of_part[self.bag.rows(name, len(of_part))]
         kept = [task_set for task_set in kept if task_set.task.name in rows]

@@ -78,6 +78,11 @@ class FolderSource:
     instruction: str = ""
     held_out: bool = False
 
+    @property
+    def name(self) -> str:
+        """That of the folder, and of its task."""
+        return self.source.name
+
     def train(self) -> list[TaskSet]:
         sets = [] if self.held_out else self.source.train_sets()
         return [
@@ -116,6 +121,11 @@ class FileSource:
     seed: int = 0
     instructions: bool = True
 
+    @property
+    def name(self) -> str:
+        """That of the file, and of its set and its task."""
+        return self.path.stem
+
     @cached_property
     def _read(self) -> tuple[TrainTask, int | None]:
         examples, shared = read_task_rows(self.path, self.limit)
@@ -125,12 +135,12 @@ class FileSource:
         own = any(name.endswith(OWN_GROUP_SUFFIX) for name in (self.path.stem, self.path.resolve().parent.name))
         instruction, symmetric = str(shared.get("prompt", self.instruction)), "symmetric" in kind
         instruction = instruction if self.instructions else ""
-        task = TrainTask(self.path.stem, type_of(kind), examples, own, symmetric, instruction, size)
+        task = TrainTask(self.name, type_of(kind), examples, own, symmetric, instruction, size)
         return task, 1 if kind == "only_1neg" else None
 
     @cached_property
     def _rows(self) -> RowSource:
-        return RowSource(self.path.stem, lambda: self._read[0].examples, self.seed)
+        return RowSource(self.name, lambda: self._read[0].examples, self.seed)
 
     def train(self) -> list[TaskSet]:
         task, most_negatives = self._read
