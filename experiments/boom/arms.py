@@ -230,6 +230,7 @@ def _notes() -> tuple[str, ...]:
         "'drift' is the mean norm of the members' differences from the base, as a share of the base's; 'from_linear' "
         "how far a merge lies from the linear one, as a share of that one's distance from the base. Where both are "
         "small, ways to merge cannot differ.",
-        "'old_tasks' and 'new_tasks' are the in-domain tasks whose sets were there from the start, or arrive later.",
+        "'old_tasks' and 'new_tasks' are the in-domain tasks whose sets were there from the start, or one of whose sets "
+        "arrives later.",
         "No member, weight or checkpoint is chosen by a score: all are final steps.",
     )

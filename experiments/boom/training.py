@@ -12,6 +12,7 @@ from lit_core.presets import is_preset
 from lit_core.reproduce import Arm, ArmContext, write_results
 from lit_core.setting import Setting
 from lit_core.stages import ExperimentCLI
+from lit_embed.data.task_sources import task_of
 
 BASE, FULL = "base", "bls"
 EXPORT, DONE = "export", "cost.json"
@@ -109,22 +110,30 @@ def finish(
     cost: Mapping[str, float],
 ) -> None:
     """Write results from the tasks' main scores: means over tasks, each with its tasks as items."""
-    within = [name for name in scores if domains[name] == "in"]
-    groups = {
-        "in_domain": within,
-        "out_of_domain": [name for name in scores if domains[name] == "out"],
-        "mean_task": list(scores),
-    }
-    late = new_sets(setting)
-    if late:
-        groups["new_tasks"] = [name for name in scores if name in late]
-        groups["old_tasks"] = [name for name in within if name not in late]
+    groups = groups_of_tasks(domains, new_sets(setting))
     items = {name: {task: scores[task] for task in of} for name, of in groups.items() if of}
     metrics = {**means, **{name: sum(of.values()) / len(of) for name, of in items.items()}, **extra}
     metrics |= {f"task/{name}": value for name, value in scores.items()}
     if not (context.folder / "curves.json").exists():
         write_json(context.folder / "curves.json", {})
     write_results(context.folder, metrics, items, cost)
+
+
+def groups_of_tasks(domains: Mapping[str, str], late: Sequence[str]) -> dict[str, list[str]]:
+    """Tasks whose scores are averaged together, by the name of the mean.
+
+    Args:
+        domains: Domain of each task, ``in`` or ``out``.
+        late: Training sets that arrive later; a task is new if one of its sets is.
+    """
+    within = [name for name, domain in domains.items() if domain == "in"]
+    without = [name for name, domain in domains.items() if domain == "out"]
+    groups = {"in_domain": within, "out_of_domain": without, "mean_task": list(domains)}
+    if late:
+        new = {task_of(name) for name in late}
+        groups["new_tasks"] = [name for name in domains if name in new]
+        groups["old_tasks"] = [name for name in within if name not in new]
+    return groups
 
 
 def new_sets(setting: Setting) -> list[str]:

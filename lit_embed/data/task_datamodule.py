@@ -19,7 +19,15 @@ from lit_embed.data.families import FamiliesConfig
 from lit_embed.data.negatives import add_bm25_negatives
 from lit_embed.data.records import Example, Passage
 from lit_embed.data.sources import PairKind, Stage
-from lit_embed.data.task_sources import FamiliesSource, TaskSet, TaskSource, instruct, sources_of, with_instruction
+from lit_embed.data.task_sources import (
+    FamiliesSource,
+    TaskSet,
+    TaskSource,
+    instruct,
+    sources_of,
+    task_of,
+    with_instruction,
+)
 from lit_embed.retrieval.tasks import EvalTask, TaskType
 
 Part = Literal["all", "old", "new", "core", "core+new"]
@@ -337,7 +345,7 @@ class TaskDataModule(EncodingDataModule):
         if negatives and self.hard_negatives == "bm25":
             examples = add_bm25_negatives(examples, task_set.corpus, negatives, self.split_seed)
         if self.schedule == "mixed":  # rows of several collections meet in a batch, and their ids may be the same
-            examples = [_apart(example, task.name.partition("/")[0]) for example in examples]
+            examples = [_apart(example, task_of(task.name)) for example in examples]
         return PairDataset(examples, task.name, negatives, task.own_group_only, rows.tolist())
 
     def _text_loaders(self, stage: Stage) -> list[DataLoader[Any]]:

@@ -27,6 +27,11 @@ def instruct(instruction: str, text: str) -> str:
     return INSTRUCTION.format(instruction=instruction, text=text) if instruction else text
 
 
+def task_of(name: str) -> str:
+    """Name of the task that a training set is evaluated by: a BEIR folder has a set for each kind of pair."""
+    return name.partition("/")[0]
+
+
 class TaskSet(NamedTuple):
     """A training set, the passages among which negatives may be mined, and how many negatives it has at most."""
 

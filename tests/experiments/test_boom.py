@@ -17,6 +17,7 @@ from experiments.boom import SPEC
 from experiments.boom.__main__ import main as boom
 from experiments.boom.arms import MEMBERS, build
 from experiments.boom.merges import side_by_side
+from experiments.boom.training import groups_of_tasks
 from lit_core.errors import InputError
 from lit_core.files import read_json
 from lit_core.merging import merge
@@ -57,6 +58,15 @@ def test_other_data_has_late_rows_and_columns_of_its_own() -> None:
     assert experiment.table_metrics[-2:] == ("task/cranfield", "task/med")
     assert "--data.new=0.1" in experiment.fingerprint
     assert "updated_twice" not in {arm.name for arm in experiment.arms}  # a share arrives at once
+
+
+def test_a_folders_sets_are_of_one_task() -> None:
+    domains = {"med": "in", "cisi": "in", "court": "out"}
+    groups = groups_of_tasks(domains, ["med/title"])
+    assert groups["new_tasks"] == ["med"]
+    assert groups["old_tasks"] == ["cisi"]
+    assert (groups["in_domain"], groups["out_of_domain"]) == (["med", "cisi"], ["court"])
+    assert "new_tasks" not in groups_of_tasks(domains, [])
 
 
 def test_the_cosine_of_vectors_side_by_side_is_the_mean_of_cosines() -> None:
