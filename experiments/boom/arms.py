@@ -155,15 +155,15 @@ def _merges() -> list[Merged]:
 def _granularities(setting: Setting, needs: tuple[str, ...]) -> list[Arm]:
     """Models of single sets, task types and clusters of sets, merged."""
     arms = [groups_arm(setting, "sets", "models of single sets", "set", needs)]
-    arms.append(group_arm(setting, Merged("merged_sets", "a model a set, merged", ("sets",), 1.0), needs))
+    arms.append(group_arm(setting, Merged("merged_sets", "a model a set, merged", ("sets",)), needs))
     arms.append(groups_arm(setting, "tasks", "models of task types", "type", needs))
     for method, (title, options, of_base) in WAYS.items():
         name = f"merged_tasks_{method}"
-        one = Merged(name, f"a model a task type, {title}", ("tasks",), 1.0, method, None, options, of_base)
+        one = Merged(name, f"a model a task type, {title}", ("tasks",), method=method, options=options, of_base=of_base)
         arms.append(group_arm(setting, one, needs))
     arms.append(gains_arm(setting, needs))
     arms.append(groups_arm(setting, "clusters", "models of clusters", "cluster", (*needs, "gains")))
-    arms.append(group_arm(setting, Merged("merged_clusters", "a model a cluster, merged", ("clusters",), 1.0), needs))
+    arms.append(group_arm(setting, Merged("merged_clusters", "a model a cluster, merged", ("clusters",)), needs))
     return arms
 
 
@@ -225,12 +225,13 @@ def _claims() -> tuple[Claim, ...]:
 
 def _notes() -> tuple[str, ...]:
     return (
-        "'cost' is what training took, where one run over all data costs 1; that of an update is the update's alone. "
+        "'cost' is what training took, where one run over all data costs 1; that of an update is the update's alone, "
+        "that of clusters has in it the short runs by which they were found. "
         "Steps and tokens count everything a model rests on, the base included.",
         "'drift' is the mean norm of the members' differences from the base, as a share of the base's; 'from_linear' "
         "how far a merge lies from the linear one, as a share of that one's distance from the base. Where both are "
         "small, ways to merge cannot differ.",
-        "'old_tasks' and 'new_tasks' are the in-domain tasks whose sets were there from the start, or one of whose sets "
-        "arrives later.",
+        "'old_tasks' and 'new_tasks' are the in-domain tasks whose sets were there from the start, or one of whose "
+        "sets arrives later.",
         "No member, weight or checkpoint is chosen by a score: all are final steps.",
     )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Merged:
         name: Of the arm.
         title: In tables.
         members: Arms whose models are merged.
-        cost: Of training them, where a run over all data costs 1.
+        cost: Of training them, where a run over all data costs 1; ``group_arm`` takes what that arm says.
         method: Of merging.
         weights: One a member; None counts them equally.
         options: Of the method.
@@ -41,7 +41,7 @@ class Merged:
     name: str
     title: str
     members: tuple[str, ...]
-    cost: float
+    cost: float = 1.0
     method: str = "multislerp"
     weights: tuple[float, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -63,7 +63,9 @@ def group_arm(setting: Setting, one: Merged, needs: tuple[str, ...]) -> Arm:
     """The same for the models that a single arm has trained, one for each set, task type or cluster."""
 
     def run(context: ArmContext) -> None:
-        _merge(setting, context, one, group_models(context.of(one.members[0])))
+        group = context.of(one.members[0])
+        cost = read_json(group / "results.json")["metrics"]["cost"]
+        _merge(setting, context, replace(one, cost=cost), group_models(group))
 
     return Arm(one.name, one.title, run, main=one.main, needs=(*needs, *one.members))
 

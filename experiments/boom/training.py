@@ -73,10 +73,14 @@ def fit(setting: Setting, folder: Path, seed: int, flags: Sequence[str], stage: 
         exported(cli, folder / EXPORT)
         path = cli.folder / "curves.json"
         write_json(folder / "curves.json", read_json(path) if path.exists() else {})
-        rows = sum(of["drawn"] for of in cli.datamodule.manifest["datasets"].values())
         steps, tokens = cli.trainer.global_step, cli.throughput.tokens
-        write_json(folder / DONE, {"steps": float(steps), "tokens": float(tokens), "rows": float(rows)})
+        write_json(folder / DONE, {"steps": float(steps), "tokens": float(tokens), "rows": drawn(cli)})
     return read_json(folder / DONE)
+
+
+def drawn(cli: Any) -> float:
+    """Rows that a fit was given."""
+    return float(sum(of["drawn"] for of in cli.datamodule.manifest["datasets"].values()))
 
 
 def evaluation_cli(setting: Setting, folder: Path, model: Path, execute: bool = True) -> ExperimentCLI:
@@ -246,7 +250,8 @@ def groups_arm(setting: Setting, name: str, title: str, by: str, needs: tuple[st
             costs[group] = fit(setting, folder, order_seed(context, 0), [*start_flags(context, BASE), wanted])
         write_json(context.folder / "groups.json", list(costs))
         write_json(context.folder / "curves.json", {})
-        write_results(context.folder, {"cost": 1.0}, cost=total(list(costs.values())))
+        measured = read_json(context.of("gains") / "results.json")["metrics"]["cost"] if by == "cluster" else 0.0
+        write_results(context.folder, {"cost": 1.0 + measured}, cost=total(list(costs.values())))
 
     return Arm(name, title, run, main=False, hidden=True, needs=needs)
 

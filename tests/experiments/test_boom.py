@@ -160,6 +160,10 @@ def test_sets_are_clustered_by_what_they_gain(tmp_path: Path) -> None:
         assert record["gains"][row][column] == pytest.approx(gain)
     assert sorted(read_json(folder / "clusters.json").values()) == sorted([name] for name in record["names"])
     assert (tmp_path / "boom" / "Gains_of_pairs_of_sets.png").is_file()
+    rows = [of["rows"] for of in read_json(folder / "sets.json").values()]
+    measured = 9 * 32  # each set alone and in two pairs, with 40 rows less 20 %
+    cost = results(tmp_path, "merged_clusters")["metrics"]["cost"]
+    assert cost == pytest.approx(1 + measured / sum(rows))
 
 
 @pytest.mark.slow
