@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 from experiments.boom.figures import figures
 from experiments.boom.merges import (
@@ -23,6 +23,7 @@ from experiments.boom.training import (
     OLD,
     Trained,
     base_arm,
+    data_of,
     groups_arm,
     new_sets,
     trained_arm,
@@ -32,6 +33,7 @@ from lit_core.errors import InputError
 from lit_core.reproduce import Arm, Claim, Experiment
 from lit_core.setting import Setting
 from lit_embed.data.bagging import size_weights, training_cost
+from lit_embed.data.task_sources import FamiliesSource
 
 LATE_SHARE = 0.1  # of the user's own data that arrives later, where nothing else is said
 METRIC, OTHER = "in_domain", "out_of_domain"
@@ -103,12 +105,16 @@ def build(setting: Setting) -> Experiment:
         "drift",
         "from_linear",
     )
-    table += _own_tasks(setting)
+    data = data_of(setting)
+    table += _own_tasks(data)
+    trivial = _trivial_arms(_types(data), [arm.name for arm in arms])
+    kept = [arm for arm in arms if arm.name not in trivial]
+    claims = [claim for claim in _claims() if not {claim.arm, claim.baseline} & trivial.keys()]
+    notes = (*_notes(), *([f"{', '.join(trivial)}: left out, {next(iter(trivial.values()))}."] if trivial else []))
     jobs = 1 if setting.scale == "paper" else 2
     return Experiment(
-        "boom", tuple(arms), _claims(), table, _fingerprint(setting), ("train/loss",), jobs,
-        _notes(), figures,
-    )  # fmt: skip
+        "boom", tuple(kept), tuple(claims), table, _fingerprint(setting), ("train/loss",), jobs, notes, figures
+    )
 
 
 def _with_late_rows(setting: Setting) -> Setting:
@@ -125,11 +131,27 @@ def _fingerprint(setting: Setting) -> str:
     return "\n".join([setting.fingerprint(), *(p.read_text() for p in setting.spec.configs(setting.scale, "base"))])
 
 
-def _own_tasks(setting: Setting) -> tuple[str, ...]:
+def _own_tasks(data: Any) -> tuple[str, ...]:
     """Scores of the user's own collections, one by one; the built-in tasks are too many for a table."""
-    paths = setting.value(None, "data.path")
-    names = [Path(path).stem for path in ([paths] if isinstance(paths, str) else paths)]
-    return () if "families" in names or len(names) > 8 else tuple(f"task/{name}" for name in names)
+    names = [source.name for source in data.sources() if not isinstance(source, FamiliesSource)]
+    return () if "families" in data.paths or len(names) > 8 else tuple(f"task/{name}" for name in names)
+
+
+def _types(data: Any) -> set[str]:
+    """Task types that are trained on."""
+    return {
+        kind for source in data.sources() for name, kind in source.types().items() if data.trains_on(name, kind)
+    }  # fmt: skip
+
+
+def _trivial_arms(types: set[str], arms: Sequence[str]) -> dict[str, str]:
+    """Arms that would only repeat BLS where all sets are of one task type, and why."""
+    if len(types) < 2:
+        found = [name for name in arms if name in ("by_task", "two_stage", "tasks") or name.startswith("merged_tasks_")]
+        return dict.fromkeys(found, f"as BLS is the same where all sets are of one task type ({''.join(types)})")
+    if "retrieval" not in types:
+        return {"two_stage": "as BLS is the same without a set of type retrieval"}
+    return {}
 
 
 def _merges() -> list[Merged]:

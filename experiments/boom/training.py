@@ -231,12 +231,16 @@ def sets_of(setting: Setting, context: ArmContext) -> dict[str, dict[str, Any]]:
     """Task type and number of rows of each training set."""
     path = context.folder / "sets.json"
     if not path.exists():
-        args = ["fit", *setting.flags]
-        configs = setting.spec.configs(setting.scale)
-        cli = ExperimentCLI(setting.spec, args, configs, context.folder, quiet=True, execute=False)
-        cli.datamodule.setup("fit")
-        write_json(path, cli.datamodule.training_sets())
+        data = data_of(setting)
+        data.setup("fit")
+        write_json(path, data.training_sets())
     return read_json(path)
+
+
+def data_of(setting: Setting) -> Any:
+    """The data module of the user's flags, nothing read yet."""
+    args, configs = ["fit", *setting.flags], setting.spec.configs(setting.scale)
+    return ExperimentCLI(setting.spec, args, configs, Path(), quiet=True, execute=False).datamodule
 
 
 def groups_arm(setting: Setting, name: str, title: str, by: str, needs: tuple[str, ...]) -> Arm:

@@ -17,12 +17,13 @@ from lit_embed.data.dataset import MixedDataset, PairDataset
 from lit_embed.data.encoding import EncodingDataModule, whole_prediction
 from lit_embed.data.families import FamiliesConfig
 from lit_embed.data.negatives import add_bm25_negatives
-from lit_embed.data.records import Example, Passage
+from lit_embed.data.records import Example
 from lit_embed.data.sources import PairKind, Stage
 from lit_embed.data.task_sources import (
     FamiliesSource,
     TaskSet,
     TaskSource,
+    apart,
     instruct,
     sources_of,
     task_of,
@@ -158,15 +159,29 @@ class TaskDataModule(EncodingDataModule):
         Raises:
             InputError: Something is missing or broken in the data; the error names file, line and field.
         """
+        sources = self.sources()
+        if stage == "fit" and not self._datasets:
+            for note in filter(None, (source.note() for source in sources)):
+                rank_zero_info(note)
+            self._sets, self._datasets, self.manifest = self._train_sets()
+        self.evaluation("validate" if stage in ("fit", "validate") else "test")
+
+    def sources(self) -> list[TaskSource]:
+        """Return where sets and tasks come from, of which nothing is read yet.
+
+        Raises:
+            InputError: A path leads nowhere, or a name is that of no folder or file.
+        """
         if not self._sources:
             sources = [source for path in self.paths for source in self._sources_of(path)]
             self._check_names(sources)
             self._sources = sources
-        if stage == "fit" and not self._datasets:
-            for note in filter(None, (source.note() for source in self._sources)):
-                rank_zero_info(note)
-            self._sets, self._datasets, self.manifest = self._train_sets()
-        self.evaluation("validate" if stage in ("fit", "validate") else "test")
+        return self._sources
+
+    def trains_on(self, name: str, kind: TaskType) -> bool:
+        """Say whether a set of this name and task type is trained on."""
+        of_type = self.types is None or kind in self.types
+        return of_type and (self.train_on is None or name in self.train_on) and name not in self.leave_out
 
     def evaluation(self, stage: Stage) -> list[EncodedTask]:
         """Return the tasks of a stage, each with the keys of its texts among those encoded, after ``setup``."""
@@ -296,12 +311,7 @@ class TaskDataModule(EncodingDataModule):
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise InputError(f"there are two training sets '{twice}'; rename one of the files or folders", field="path")
-        kept = [
-            task_set for task_set in sets
-            if (self.types is None or task_set.task.type in self.types)
-            and (self.train_on is None or task_set.task.name in self.train_on)
-            and task_set.task.name not in self.leave_out
-        ]  # fmt: skip
+        kept = [of for of in sets if self.trains_on(of.task.name, of.task.type)]
         if not kept:
             raise InputError("no training set is left; change types, train_on or leave_out")
         rows: dict[str, Rows] = {}
@@ -345,7 +355,7 @@ class TaskDataModule(EncodingDataModule):
         if negatives and self.hard_negatives == "bm25":
             examples = add_bm25_negatives(examples, task_set.corpus, negatives, self.split_seed)
         if self.schedule == "mixed":  # rows of several collections meet in a batch, and their ids may be the same
-            examples = [_apart(example, task_of(task.name)) for example in examples]
+            examples = [apart(example, task_of(task.name)) for example in examples]
         return PairDataset(examples, task.name, negatives, task.own_group_only, rows.tolist())
 
     def _text_loaders(self, stage: Stage) -> list[DataLoader[Any]]:
@@ -368,15 +378,6 @@ class _Texts:
             found[text_id] = self._first.setdefault(said, f"{task}/{text_id}")
             self.texts[found[text_id]] = said
         return found
-
-
-def _apart(example: Example, collection: str) -> Example:
-    """An example whose passages have ids that no other collection has."""
-
-    def named(passages: tuple[Passage, ...]) -> tuple[Passage, ...]:
-        return tuple(Passage(f"{collection}/{doc_id}", text) for doc_id, text in passages)
-
-    return example._replace(positives=named(example.positives), negatives=named(example.negatives))
 
 
 def _content(examples: Any, rows: Rows) -> str:

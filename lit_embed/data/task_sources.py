@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 from lit_core.errors import InputError
 from lit_core.files import read_jsonl
 from lit_core.progress import track
-from lit_embed.data.families import FamiliesConfig, TrainTask, build_families
+from lit_embed.data.families import DOMAINS, FamiliesConfig, TrainTask, build_families, plan
 from lit_embed.data.pairs import PairReader, corpus_beside
 from lit_embed.data.records import Collection, Example, Passage, merge_examples
 from lit_embed.data.sources import BeirSource, RowSource, Stage, kind_of
@@ -43,6 +43,10 @@ class TaskSet(NamedTuple):
 class TaskSource(Protocol):
     """Training sets and evaluation tasks; everything is a function of its arguments, the same on all ranks."""
 
+    def types(self) -> dict[str, TaskType]:
+        """Return the task type of each set that there may be to train on, by name, without reading the sets."""
+        ...
+
     def train(self) -> list[TaskSet]:
         """Return the training sets, without examples held out for validation or testing."""
         ...
@@ -62,6 +66,11 @@ class FamiliesSource:
 
     config: FamiliesConfig
     base: bool = False
+
+    def types(self) -> dict[str, TaskType]:
+        if self.base:
+            return {f"{domain}-base": "retrieval" for domain in DOMAINS}
+        return {f"{domain.name}-{kind}": kind for kind, domain, _ in plan(self.config)}
 
     def train(self) -> list[TaskSet]:
         families = build_families(self.config)
@@ -87,6 +96,9 @@ class FolderSource:
     def name(self) -> str:
         """That of the folder, and of its task."""
         return self.source.name
+
+    def types(self) -> dict[str, TaskType]:
+        return {} if self.held_out else {f"{self.name}/{kind}": "retrieval" for kind in ("qrels", "title", "sentence")}
 
     def train(self) -> list[TaskSet]:
         sets = [] if self.held_out else self.source.train_sets()
@@ -130,6 +142,10 @@ class FileSource:
     def name(self) -> str:
         """That of the file, and of its set and its task."""
         return self.path.stem
+
+    def types(self) -> dict[str, TaskType]:
+        _, first = next(read_jsonl(self.path), (0, {}))
+        return {} if self.held_out else {self.name: type_of(str(first.get("type", "")))}
 
     @cached_property
     def _read(self) -> tuple[TrainTask, int | None]:
@@ -234,6 +250,15 @@ def with_instruction(task: TrainTask) -> list[Example]:
         e._replace(query=instruct(task.instruction, e.query), positives=said(e.positives), negatives=said(e.negatives))
         for e in task.examples
     ]
+
+
+def apart(example: Example, collection: str) -> Example:
+    """An example whose passages have ids that no other collection has."""
+
+    def named(passages: tuple[Passage, ...]) -> tuple[Passage, ...]:
+        return tuple(Passage(f"{collection}/{doc_id}", text) for doc_id, text in passages)
+
+    return example._replace(positives=named(example.positives), negatives=named(example.negatives))
 
 
 def _retrieval(collection: Collection, domain: str, instruction: str, symmetric: bool = False) -> Retrieval:

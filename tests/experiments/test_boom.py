@@ -53,11 +53,33 @@ def test_arms_of_the_card() -> None:
     assert SPEC.seeds == (0, 1, 2, 3, 4)
 
 
-def test_other_data_has_late_rows_and_columns_of_its_own() -> None:
-    experiment = build(Setting(SPEC, "tiny", ("--data.path=[a/cranfield,b/med.jsonl]",)))
-    assert experiment.table_metrics[-2:] == ("task/cranfield", "task/med")
+def test_other_data_has_late_rows_and_columns_of_its_own(tmp_path: Path) -> None:
+    for name in ("cranfield.v1", "cranfield.v2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "med.jsonl").write_text(json.dumps({"query": "a", "pos": ["b"], "type": "sts"}))
+    paths = ",".join(str(tmp_path / name) for name in ("cranfield.v1", "cranfield.v2", "med.jsonl"))
+    experiment = build(Setting(SPEC, "tiny", (f"--data.path=[{paths}]",)))
+    assert experiment.table_metrics[-3:] == ("task/cranfield.v1", "task/cranfield.v2", "task/med")
     assert "--data.new=0.1" in experiment.fingerprint
-    assert "updated_twice" not in {arm.name for arm in experiment.arms}  # a share arrives at once
+    arms = {arm.name for arm in experiment.arms}
+    assert "updated_twice" not in arms  # a share arrives at once
+    assert {"by_task", "two_stage", "merged_tasks_slerp"} <= arms
+
+
+def test_arms_that_repeat_another_are_left_out_and_told() -> None:
+    every = build(Setting(SPEC, "tiny", ()))
+    one_type = build(Setting(SPEC, "tiny", ("--data.types=[retrieval]", "--data.new=0.1")))
+    gone = {arm.name for arm in every.arms} - {arm.name for arm in one_type.arms}
+    assert {"by_task", "two_stage", "tasks", "merged_tasks_model_stock"} < gone
+    assert not {"by_set", "merged_sets", "merged_clusters"} & gone
+    assert any("left out, as BLS is the same where all sets are of one task type (retrieval)" in note
+               for note in one_type.notes)  # fmt: skip
+    two = build(Setting(SPEC, "tiny", ("--data.types=[sts,clustering]", "--data.new=0.1")))
+    assert {arm.name for arm in every.arms} - {arm.name for arm in two.arms} == {
+        "two_stage", "first_update", "second_update", "updated_twice", "updated_by_count"
+    }  # fmt: skip
+    assert two.notes[-1] == "two_stage: left out, as BLS is the same without a set of type retrieval."
+    assert len(every.notes) == len(two.notes) - 1
 
 
 def test_a_folders_sets_are_of_one_task() -> None:
