@@ -51,7 +51,6 @@ MEMBERS: dict[str, tuple[float, int, bool]] = {
 MAIN_MEMBERS = ("m20", "m40", "m60", "m80")
 ALL_RATIOS = (*MAIN_MEMBERS, FULL)  # the full run is the member of 100 percent
 SCHEDULES = (
-    Trained("bls_3", "BLS, three epochs", ("--trainer.max_epochs=3",), cost=3.0, main=True),
     Trained("by_set", "set after set", ("--data.schedule=dataset",), main=True),
     Trained("by_task", "task type after task type", ("--data.schedule=task",)),
     Trained("mixed", "rows mixed", ("--data.schedule=mixed",)),
@@ -84,7 +83,8 @@ def build(setting: Setting) -> Experiment:
         title = f"the other {bag[0]:g} %" if bag[2] else f"member, {bag[0]:g} %"
         one = Trained(name, title, cost=bag[0] / 100, order=1 + bag[1] + 10 * bag[2], main=name in MAIN_MEMBERS)
         arms.append(trained_arm(setting, one, needs, bag))
-    arms += [trained_arm(setting, one, needs, None) for one in SCHEDULES]
+    longer = Trained("bls_3", "BLS, three times as long", _longer(setting, 3), cost=3.0, main=True)
+    arms += [trained_arm(setting, one, needs, None) for one in (longer, *SCHEDULES)]
     arms.append(two_stage_arm(setting, needs))
     more = [Trained(f"bls_{word}", f"BLS, {word} order", order=order)
             for word, order in (("second", 21), ("third", 22))]  # fmt: skip
@@ -129,6 +129,12 @@ def _with_late_rows(setting: Setting) -> Setting:
 def _fingerprint(setting: Setting) -> str:
     """That of the setting, and how the base is trained."""
     return "\n".join([setting.fingerprint(), *(p.read_text() for p in setting.spec.configs(setting.scale, "base"))])
+
+
+def _longer(setting: Setting, times: int) -> tuple[str, ...]:
+    """Flags of a fit that lasts several times as long, whatever bounds it."""
+    bounds = {name: setting.value(None, f"trainer.{name}") for name in ("max_epochs", "max_steps")}
+    return tuple(f"--trainer.{name}={times * value}" for name, value in bounds.items() if value and value > 0)
 
 
 def _own_tasks(data: Any) -> tuple[str, ...]:
@@ -209,8 +215,9 @@ def _updates(setting: Setting, needs: tuple[str, ...]) -> list[Arm]:
 def _two_updates(setting: Setting, needs: tuple[str, ...], late: Sequence[str]) -> list[Arm]:
     """Half of the late sets arrive, then the others; the core grows with them."""
     first, second = late[: len(late) // 2], late[len(late) // 2 :]
+    without = [*second, *(name for name in setting.value(None, "data.leave_out") or [] if name not in second)]
     flags = {
-        "first": (BOTH, f"--data.new=[{','.join(first)}]", f"--data.leave_out=[{','.join(second)}]"),
+        "first": (BOTH, f"--data.new=[{','.join(first)}]", f"--data.leave_out=[{','.join(without)}]"),
         "second": (BOTH, f"--data.new=[{','.join(second)}]"),
     }
     updates = [

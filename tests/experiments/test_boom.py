@@ -13,15 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.boom import SPEC
+from experiments.boom import SPEC, arms
 from experiments.boom.__main__ import main as boom
 from experiments.boom.arms import MEMBERS, build
 from experiments.boom.merges import side_by_side
-from experiments.boom.training import groups_of_tasks
+from experiments.boom.training import Trained, groups_of_tasks, trained_arm
 from lit_core.errors import InputError
 from lit_core.files import read_json
 from lit_core.merging import merge
 from lit_core.presets import preset_config, preset_tokenizer
+from lit_core.reproduce import Arm
 from lit_core.setting import Setting
 from lit_embed.data.bagging import sample_size, size_weights
 from tests.experiments.test_real_data import part_of
@@ -38,7 +39,7 @@ def results(root: Path, arm: str, seed: int = 0) -> dict[str, Any]:
 
 def test_arms_of_the_card() -> None:
     experiment = build(Setting(SPEC, "tiny", ()))
-    arms = {arm.name: arm for arm in experiment.arms}
+    found = {arm.name: arm for arm in experiment.arms}
     controls = {"bls_3", "soup", "last_checkpoints", "ensemble", "interpolated_50", "m60"}  # card section 5
     schedules = {"bls", "by_set", "by_task", "two_stage", "mixed"}
     updates = {"old", "update", "updated", "naive", "with_core", "updated_twice", "updated_by_count"}
@@ -46,9 +47,9 @@ def test_arms_of_the_card() -> None:
                                               "model_stock")}  # fmt: skip
     ratios = {"boom", "boom_40_100", "boom_80_100", "boom_60", "half_and_rest"}
     wanted = controls | schedules | updates | ways | ratios | {"merged_sets", "merged_clusters"}
-    assert wanted <= arms.keys()
-    assert {"bls", "boom", "boom_80_100", "bls_3", "by_set", "updated", "naive"} <= {n for n in arms if arms[n].main}
-    assert arms["boom"].needs == ("base", "m20", "m40", "m60", "m80", "bls")  # the full run is the last member
+    assert wanted <= found.keys()
+    assert {"bls", "boom", "boom_80_100", "bls_3", "by_set", "updated", "naive"} <= {n for n in found if found[n].main}
+    assert found["boom"].needs == ("base", "m20", "m40", "m60", "m80", "bls")  # the full run is the last member
     assert MEMBERS["half"][1] == MEMBERS["rest"][1]
     assert SPEC.seeds == (0, 1, 2, 3, 4)
 
@@ -61,9 +62,9 @@ def test_other_data_has_late_rows_and_columns_of_its_own(tmp_path: Path) -> None
     experiment = build(Setting(SPEC, "tiny", (f"--data.path=[{paths}]",)))
     assert experiment.table_metrics[-3:] == ("task/cranfield.v1", "task/cranfield.v2", "task/med")
     assert "--data.new=0.1" in experiment.fingerprint
-    arms = {arm.name for arm in experiment.arms}
-    assert "updated_twice" not in arms  # a share arrives at once
-    assert {"by_task", "two_stage", "merged_tasks_slerp"} <= arms
+    names = {arm.name for arm in experiment.arms}
+    assert "updated_twice" not in names  # a share arrives at once
+    assert {"by_task", "two_stage", "merged_tasks_slerp"} <= names
 
 
 def test_arms_that_repeat_another_are_left_out_and_told() -> None:
@@ -80,6 +81,34 @@ def test_arms_that_repeat_another_are_left_out_and_told() -> None:
     }  # fmt: skip
     assert two.notes[-1] == "two_stage: left out, as BLS is the same without a set of type retrieval."
     assert len(every.notes) == len(two.notes) - 1
+
+
+def flags_of(monkeypatch: pytest.MonkeyPatch, arm: str, *flags: str) -> list[str]:
+    """What an arm adds to the flags of the fit."""
+    found: dict[str, list[str]] = {}
+
+    def noted(setting: Setting, one: Trained, needs: tuple[str, ...], bag: Any) -> Arm:
+        found[one.name] = [*one.flags]
+        return trained_arm(setting, one, needs, bag)
+
+    monkeypatch.setattr(arms, "trained_arm", noted)
+    build(Setting(SPEC, "tiny", flags))
+    return found[arm]
+
+
+def test_the_longer_run_is_three_times_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flags_of(monkeypatch, "bls_3") == ["--trainer.max_epochs=3"]
+    assert flags_of(monkeypatch, "bls_3", "--trainer.max_epochs=2", "--trainer.max_steps=50") == [
+        "--trainer.max_epochs=6", "--trainer.max_steps=150"
+    ]  # fmt: skip
+    assert flags_of(monkeypatch, "bls_3", "--trainer.max_epochs=-1", "--trainer.max_steps=5") == [
+        "--trainer.max_steps=15"
+    ]
+
+
+def test_what_the_user_leaves_out_stays_out_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = flags_of(monkeypatch, "first_update", "--data.leave_out=[travel-retrieval,workshop-retrieval]")
+    assert "--data.leave_out=[workshop-clustering,workshop-retrieval,travel-retrieval]" in flags
 
 
 def test_a_folders_sets_are_of_one_task() -> None:
