@@ -52,6 +52,7 @@ MAIN_MEMBERS = ("m20", "m40", "m60", "m80")
 ALL_RATIOS = (*MAIN_MEMBERS, FULL)  # the full run is the member of 100 percent
 SCHEDULES = (
     Trained("by_set", "set after set", ("--data.schedule=dataset",), main=True),
+    Trained("by_set_reversed", "set after set, the smallest first", ("--data.schedule=dataset",), smallest_first=True),
     Trained("by_task", "task type after task type", ("--data.schedule=task",)),
     Trained("mixed", "rows mixed", ("--data.schedule=mixed",)),
 )
@@ -71,10 +72,7 @@ WAYS: dict[str, tuple[str, dict[str, float], bool]] = {  # of merging models of 
 def build(setting: Setting) -> Experiment:
     """The arms and claims at a scale."""
     setting = _with_late_rows(setting)
-    if (quantization := setting.value(None, "model.quantization")) is not None:
-        raise InputError(
-            f"members are merged whole, which weights in {quantization} cannot be; leave it out", field="quantization"
-        )
+    _check_flags(setting)
     needs = (BASE,)
     steps = ("--checkpoint.save_top_k=-1", "--checkpoint.filename={step}")
     full = Trained(FULL, "BLS (batch-level shuffling)", steps, main=True)
@@ -115,6 +113,16 @@ def build(setting: Setting) -> Experiment:
     return Experiment(
         "boom", tuple(kept), tuple(claims), table, _fingerprint(setting), ("train/loss",), jobs, notes, figures
     )
+
+
+def _check_flags(setting: Setting) -> None:
+    """Refuse flags under which arms could not be compared, before anything is trained."""
+    if (quantization := setting.value(None, "model.quantization")) is not None:
+        raise InputError(
+            f"members are merged whole, which weights in {quantization} cannot be; leave it out", field="quantization"
+        )
+    if setting.value(None, "data.order") is not None:
+        raise InputError("the arms differ in it, and most have none; leave it out, or use fit", field="order")
 
 
 def _with_late_rows(setting: Setting) -> Setting:
@@ -232,7 +240,8 @@ def _two_updates(setting: Setting, needs: tuple[str, ...], late: Sequence[str]) 
 
 
 def _claims() -> tuple[Claim, ...]:
-    schedules = (("by_set", "set after set"), ("by_task", "task type after task type"), ("two_stage", "two stages"),
+    schedules = (("by_set", "set after set"), ("by_set_reversed", "set after set, the smallest first"),
+                 ("by_task", "task type after task type"), ("two_stage", "two stages"),
                  ("mixed", "mixed rows"), ("merged_sets", "a merged model a set"),
                  ("merged_tasks_multislerp", "a merged model a task type"),
                  ("merged_clusters", "a merged model a cluster"))  # fmt: skip

@@ -33,6 +33,7 @@ class Trained:
         order: Tells its order of data from that of others; the bag is told by flags.
         main: Whether it is run by default.
         hidden: Whether it is no row of the table.
+        smallest_first: Whether sets that follow one another come by increasing size, against the usual order.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Trained:
     order: int = 0
     main: bool = False
     hidden: bool = False
+    smallest_first: bool = False
 
 
 def order_seed(context: ArmContext, order: int) -> int:
@@ -191,6 +193,9 @@ def trained_arm(setting: Setting, one: Trained, needs: tuple[str, ...], bag: tup
     def run(context: ArmContext) -> None:
         bagged = bag_flags(context, *bag) if bag is not None else []
         flags = [*start_flags(context, one.start), *bagged, *one.flags]
+        if one.smallest_first:
+            rows = {name: of["rows"] for name, of in sets_of(setting, context).items()}
+            flags.append(f"--data.order=[{','.join(sorted(rows, key=lambda name: -rows[name])[::-1])}]")
         cost = fit(setting, context.folder, order_seed(context, one.order), flags)
         share = one.cost
         if share is None:

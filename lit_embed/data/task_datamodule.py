@@ -58,7 +58,7 @@ class TaskDataModule(EncodingDataModule):
             file is a set. FlagEmbedding's ``prompt``, ``type``, ``batch_size``, ``pos_scores``, ``neg_scores`` and
             names that end with ``no_in_batch_neg`` mean what they mean there.
         schedule: ``bls`` mixes batches, each of one set; ``dataset`` takes set after set, ``task`` type after type;
-            ``mixed`` mixes rows.
+            ``mixed`` mixes rows, in batches of one size that make about as many steps.
         order: Sets or task types in the order of training; by default by decreasing size.
         types: Train on sets of these task types alone, as a stage of several does.
         train_on: Train on these sets alone.
@@ -220,7 +220,7 @@ class TaskDataModule(EncodingDataModule):
         sampler = schedule_sampler(
             self.schedule,
             dict(zip(names, map(len, self._datasets), strict=True)),
-            self.batch_size if self.schedule == "mixed" else self.batch_sizes(),
+            self.batch_sizes(),
             types,
             self.order,
             self.seed,
@@ -270,7 +270,7 @@ class TaskDataModule(EncodingDataModule):
             raise InputError(
                 f"the training set '{dataset.name}' has {len(dataset)} rows, too few for {self._world_size} devices"
             )
-        if fits < wanted:
+        if fits < wanted and self.schedule != "mixed":
             rank_zero_info(f"{dataset.name}: {len(dataset)} rows are less than a batch; a device gets {fits} a step")
         return min(wanted, fits)
 

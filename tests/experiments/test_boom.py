@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from experiments.boom import SPEC, arms
@@ -41,7 +42,7 @@ def test_arms_of_the_card() -> None:
     experiment = build(Setting(SPEC, "tiny", ()))
     found = {arm.name: arm for arm in experiment.arms}
     controls = {"bls_3", "soup", "last_checkpoints", "ensemble", "interpolated_50", "m60"}  # card section 5
-    schedules = {"bls", "by_set", "by_task", "two_stage", "mixed"}
+    schedules = {"bls", "by_set", "by_set_reversed", "by_task", "two_stage", "mixed"}
     updates = {"old", "update", "updated", "naive", "with_core", "updated_twice", "updated_by_count"}
     ways = {f"merged_tasks_{way}" for way in ("slerp", "multislerp", "karcher", "task_arithmetic", "ties", "sce",
                                               "model_stock")}  # fmt: skip
@@ -134,6 +135,11 @@ def test_quantised_members_are_refused() -> None:
         build(Setting(SPEC, "tiny", ("--model.quantization=int8",)))
 
 
+def test_an_order_for_all_arms_is_refused() -> None:
+    with pytest.raises(InputError, match="field 'order': the arms differ in it, and most have none"):
+        build(Setting(SPEC, "tiny", ("--data.order=[a,b]",)))
+
+
 @pytest.mark.slow
 def test_a_backbone_of_the_users_is_the_base(tmp_path: Path) -> None:
     """The folder holds a language model, whose tensors have other names than those of the members' exports."""
@@ -188,6 +194,18 @@ def test_members_are_merged_and_told_with_their_cost(tmp_path: Path, capsys: pyt
     assert (seed / "Drift_by_layer.png").is_file()
     assert boom(command) == 0
     assert "already done" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sets_follow_one_another_in_both_orders(tmp_path: Path) -> None:
+    command = ["--arms", "by_set", "by_set_reversed", "--seeds", "0", *SMOKE, THREE, "--runs_dir", str(tmp_path)]
+    assert boom(command) == 0
+    config = yaml.safe_load((tmp_path / "boom" / "by_set_reversed" / "seed0" / "fit" / "config.yaml").read_text())
+    assert config["data"]["order"] == ["workshop-retrieval", "household-sts", "travel-classification"]
+    assert config["data"]["schedule"] == "dataset"
+    weights = [load_file(tmp_path / "boom" / arm / "seed0" / "export" / "model.safetensors")
+               for arm in ("by_set", "by_set_reversed")]  # fmt: skip
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.slow
@@ -251,6 +269,7 @@ def test_a_killed_member_goes_on(tmp_path: Path) -> None:
         (["--data.part=new", "--data.new=[nothing]"], "no training set 'nothing'"),
         (["--data.train_on=[nothing]"], "no training set 'nothing'"),
         (["--data.schedule=dataset", "--data.order=[travel-retrieval]"], "must name each dataset once"),
+        (["--data.schedule=mixed", "--data.order=[travel-retrieval]"], "the schedule 'mixed' has no order"),
     ],
 )
 def test_mistakes_are_one_line(
