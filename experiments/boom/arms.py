@@ -25,6 +25,7 @@ from experiments.boom.training import (
     base_arm,
     data_of,
     groups_arm,
+    names_flag,
     new_sets,
     trained_arm,
     two_stage_arm,
@@ -225,8 +226,8 @@ def _two_updates(setting: Setting, needs: tuple[str, ...], late: Sequence[str]) 
     first, second = late[: len(late) // 2], late[len(late) // 2 :]
     without = [*second, *(name for name in setting.value(None, "data.leave_out") or [] if name not in second)]
     flags = {
-        "first": (BOTH, f"--data.new=[{','.join(first)}]", f"--data.leave_out=[{','.join(without)}]"),
-        "second": (BOTH, f"--data.new=[{','.join(second)}]"),
+        "first": (BOTH, names_flag("new", first), names_flag("leave_out", without)),
+        "second": (BOTH, names_flag("new", second)),
     }
     updates = [
         Trained(f"{word}_update", f"{word} update alone", of, None, order=35 + number, hidden=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from experiments.boom.training import drawn, order_seed, sets_of, start_flags, total
+from experiments.boom.training import drawn, names_flag, order_seed, sets_of, start_flags, total
 from lit_core.files import read_json, write_json
 from lit_core.reproduce import Arm, ArmContext, write_results
 from lit_core.setting import Setting
@@ -53,7 +53,7 @@ def _losses(setting: Setting, context: ArmContext, names: Sequence[str]) -> dict
     if not path.exists():
         limit = min(ROWS[setting.scale], setting.value(None, "data.limit") or ROWS[setting.scale])
         ratio, rows = f"--data.bag.ratio={HELD_OUT}", f"--data.limit={limit}"
-        sets = f"--data.train_on=[{','.join(names)}]"
+        sets = names_flag("train_on", names)
         start = start_flags(context, "base")
         cli: Any = setting.fit(
             folder / "fit", order_seed(context, 0), [*start, sets, rows, ratio, "--data.bag.complement=true"]
@@ -67,7 +67,7 @@ def _losses(setting: Setting, context: ArmContext, names: Sequence[str]) -> dict
 @torch.no_grad()
 def _held_out_loss(setting: Setting, folder: Path, module: Any, name: str, flags: Sequence[str]) -> float:
     """Mean loss of a set's rows that were kept out of training, in batches like those of training."""
-    args = ["fit", *setting.flags, *flags, f"--data.train_on=[{name}]", "--seed_everything=0"]
+    args = ["fit", *setting.flags, *flags, names_flag("train_on", [name]), "--seed_everything=0"]
     cli = ExperimentCLI(setting.spec, args, setting.spec.configs(setting.scale), folder, quiet=True, execute=False)
     data: Any = cli.datamodule
     data.setup("fit")

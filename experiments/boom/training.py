@@ -1,5 +1,6 @@
 """Trained models of the experiment: a base, members, schedules, stages, models of single sets or task types."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,11 @@ def bag_flags(context: ArmContext, ratio: float, member: int, complement: bool =
     """Flags of a member's bag."""
     fields = {"ratio": f"{ratio:g}", "member": member, "seed": context.seed, "complement": str(complement).lower()}
     return [f"--data.bag.{name}={value}" for name, value in fields.items()]
+
+
+def names_flag(field: str, names: Sequence[str]) -> str:
+    """Flag of the data module that lists names, each in quotes: a file may be called ``2020.jsonl``."""
+    return f"--data.{field}={json.dumps(list(names))}"
 
 
 def start_flags(context: ArmContext, start: str) -> list[str]:
@@ -158,7 +164,7 @@ def base_arm(setting: Setting) -> Arm:
     def run(context: ArmContext) -> None:
         if is_preset(setting.value(None, "model.backbone")):
             built_in = ["--data.path=families", "--data.base=true", "--data.hard_negatives=none", "--data.part=all"]
-            unset = ("new", "train_on", "types", "leave_out", "held_out", "task_instructions", "order")
+            unset = ("new", "train_on", "types", "leave_out", "held_out", "task_instructions")
             chosen = [f"--data.{name}=null" for name in unset]
             cost = fit(setting, context.folder, 0, [*built_in, *chosen, "--model.lora.r=0"], "base")
         else:
@@ -195,7 +201,7 @@ def trained_arm(setting: Setting, one: Trained, needs: tuple[str, ...], bag: tup
         flags = [*start_flags(context, one.start), *bagged, *one.flags]
         if one.smallest_first:
             rows = {name: of["rows"] for name, of in sets_of(setting, context).items()}
-            flags.append(f"--data.order=[{','.join(sorted(rows, key=lambda name: -rows[name])[::-1])}]")
+            flags.append(names_flag("order", sorted(rows, key=lambda name: -rows[name])[::-1]))
         cost = fit(setting, context.folder, order_seed(context, one.order), flags)
         share = one.cost
         if share is None:
@@ -219,7 +225,7 @@ def two_stage_arm(setting: Setting, needs: tuple[str, ...]) -> Arm:
         flags, costs = start_flags(context, BASE), []
         for number, chosen in enumerate(filter(None, (first, rest))):
             folder = context.folder / f"stage{number + 1}"
-            wanted = f"--data.types=[{','.join(chosen)}]"
+            wanted = names_flag("types", chosen)
             costs.append(fit(setting, folder, order_seed(context, number), [*flags, wanted]))
             flags = [f"--model.backbone={folder / EXPORT}"]
         evaluate(setting, context, folder / EXPORT, {"cost": 1.0}, total(costs))
@@ -254,7 +260,7 @@ def groups_arm(setting: Setting, name: str, title: str, by: str, needs: tuple[st
     def run(context: ArmContext) -> None:
         costs = {}
         for group, sets in _groups(setting, context, by).items():
-            wanted = f"--data.train_on=[{','.join(sets)}]"
+            wanted = names_flag("train_on", sets)
             folder = context.folder / group
             costs[group] = fit(setting, folder, order_seed(context, 0), [*start_flags(context, BASE), wanted])
         write_json(context.folder / "groups.json", list(costs))

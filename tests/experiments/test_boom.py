@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from experiments.boom import SPEC, arms
+from experiments.boom import SPEC, arms, training
 from experiments.boom.__main__ import main as boom
 from experiments.boom.arms import MEMBERS, build
 from experiments.boom.merges import side_by_side
-from experiments.boom.training import Trained, groups_of_tasks, trained_arm
+from experiments.boom.training import Trained, data_of, groups_of_tasks, names_flag, trained_arm
 from lit_core.errors import InputError
 from lit_core.files import read_json
 from lit_core.merging import merge
 from lit_core.presets import preset_config, preset_tokenizer
-from lit_core.reproduce import Arm
+from lit_core.reproduce import Arm, ArmContext, Clock
 from lit_core.setting import Setting
 from lit_embed.data.bagging import sample_size, size_weights
+from lit_embed.data.families import DOMAINS
 from tests.experiments.test_real_data import part_of
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +111,37 @@ def test_the_longer_run_is_three_times_the_users(monkeypatch: pytest.MonkeyPatch
 
 def test_what_the_user_leaves_out_stays_out_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = flags_of(monkeypatch, "first_update", "--data.leave_out=[travel-retrieval,workshop-retrieval]")
-    assert "--data.leave_out=[workshop-clustering,workshop-retrieval,travel-retrieval]" in flags
+    assert '--data.leave_out=["workshop-clustering", "workshop-retrieval", "travel-retrieval"]' in flags
+
+
+def test_names_of_sets_may_look_like_numbers(tmp_path: Path) -> None:
+    for name in ("2020", "a, b", "yes"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"query": q, "pos": [q * 2]}) for q in "abcd"))
+    flag = names_flag("train_on", ["2020", "a, b"])
+    data = data_of(Setting(SPEC, "tiny", (f"--data.path={tmp_path}", "--data.negatives=0", flag)))
+    data.setup("fit")
+    assert data.training_sets() == {name: {"type": "retrieval", "rows": 2} for name in ("2020", "a, b")}
+
+
+def test_a_preset_is_trained_on_built_in_sets_whatever_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.jsonl").write_text("{}")
+    users = (f"--data.path={tmp_path}", "--data.held_out=[own]", "--data.task_instructions={own: Do}",
+             "--data.part=new", "--data.new=0.5", "--data.leave_out=[own]")  # fmt: skip
+    fitted: list[str] = []
+
+    def fit(setting: Setting, folder: Path, seed: int, flags: list[str], stage: str) -> dict[str, float]:
+        fitted.extend(flags)
+        return {"steps": 0.0, "tokens": 0.0}
+
+    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(training, "evaluate", lambda *args: None)
+    setting = Setting(SPEC, "smoke", users)
+    training.base_arm(setting).run(ArmContext("boom", "smoke", "base", 0, tmp_path, Clock(tmp_path)))
+    data = data_of(replace(setting, flags=(*users, *fitted)))
+    data.setup("fit")
+    assert set(data.training_sets()) == {f"{name}-base" for name in DOMAINS}
 
 
 def test_a_folders_sets_are_of_one_task() -> None:
