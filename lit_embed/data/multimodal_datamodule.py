@@ -1,19 +1,19 @@
 """The data of multimodal experiments: rows of three stages of training, and items to encode for evaluation."""
 
 import random
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
+from lit_core.datamodule import RankedDataModule
 from lit_core.errors import InputError
 from lit_core.loader import ResumableLoader, plain_loader
 from lit_core.samplers import HomogeneousBatchSampler, LengthSortedBatchSampler, ResumableBatchSampler, permutation
 from lit_embed.data.distinct import DistinctBatchSampler
+from lit_embed.data.encoding import whole_prediction
 from lit_embed.data.multimodal_sources import FileSource, MultimodalSource, Part, SceneSource, Stage
 from lit_embed.data.scenes import SceneConfig
 from lit_embed.items import Item
@@ -90,7 +90,7 @@ _MAKE: dict[TrainStage, Callable[[Any, int], Any]] = {
 }
 
 
-class MultimodalDataModule(LightningDataModule):
+class MultimodalDataModule(RankedDataModule):
     """Images, texts and pairs to train on in one of three stages, and tasks to evaluate on.
 
     In the contrastive stage validation gives two loaders, ``[items, pairs]``, otherwise one, ``[rows]``. Testing and
@@ -226,23 +226,13 @@ class MultimodalDataModule(LightningDataModule):
         return [self._item_loader("test")]
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        # the trainer cannot know that this sampler leaves nothing out
-        warnings.filterwarnings("ignore", "You are using a custom batch sampler `LengthSortedBatchSampler`")
-        return [self._item_loader("test")]
+        return whole_prediction([self._item_loader("test")])
 
     @property
     def _module(self) -> MultimodalCollating:
         if self.trainer is None:
             raise ValueError("loaders need a trainer: its module makes tokens and pixels")
         return cast(MultimodalCollating, self.trainer.lightning_module)
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
 
     def _rows(self, part: Part) -> dict[str, Sequence[Any]]:
         """Rows of the present stage, by task where batches may be of one."""
