@@ -14,9 +14,15 @@ from typing import Any
 
 from benchmarks.harness import alternate, announce, arguments, print_table
 
-SCORE_CASES = ((512, 128, 4096), (4096, 128, 1024), (32_768, 512, 128))  # vocabulary, width, positions
+SCORE_CASES = (  # vocabulary, width, positions; the second is that of the experiment's policy
+    (512, 128, 4096),
+    (1024, 64, 4096),
+    (4096, 128, 1024),
+    (32_768, 512, 128),
+)
 GROUP = 8
-SCORE_TARGET, SECONDS_TARGET = 20, 1.0  # times faster at the small vocabulary; for 512 x 8 x 4,096 tokens
+SCORE_TARGET, SECONDS_TARGET = 20, 1.0  # times faster at the vocabularies of small policies; for 512 x 8 x 4,096 tokens
+SMALL = 1024  # tokens, at most
 TOLERANCE = 1e-5
 
 
@@ -163,7 +169,7 @@ def scores(quick: bool) -> list[dict[str, Any]]:
             lambda logits=logits, embeddings=embeddings: loop_scores(logits, embeddings, 20),  # type: ignore[misc]
             3 if quick else 7,
         )
-        row["reached"] = vocabulary > 1000 or row["times faster"] >= SCORE_TARGET
+        row["reached"] = vocabulary > SMALL or row["times faster"] >= SCORE_TARGET
         rows.append(row)
     return rows
 

@@ -26,7 +26,8 @@ def schedule_sampler(
             of the next; ``task`` all batches of one task type, its datasets mixed as by ``bls``, then the next;
             ``mixed`` mixes rows, so that a batch has rows of several datasets.
         sizes: Rows of each dataset, by name.
-        batch_size: Rows a rank gets per step, for all datasets or one number each; ``mixed`` needs one for all.
+        batch_size: Rows a rank gets per step, for all datasets or one number each; of several numbers ``mixed`` makes
+            the one that comes nearest to as many steps (:func:`mixed_batch_size`).
         types: Task type of each dataset, for ``task``.
         order: Datasets or task types in the order of training; by default by decreasing size.
         seed: Seed of order and draws.
@@ -34,16 +35,34 @@ def schedule_sampler(
         world_size: Number of ranks.
 
     Raises:
-        InputError: A number is out of range, or the order does not name each dataset or type once.
+        InputError: A number is out of range, the order does not name each dataset or type once, or the schedule has no
+            order.
     """
     if schedule not in get_args(DataSchedule):
         raise InputError(f"must be one of {', '.join(get_args(DataSchedule))}, got '{schedule}'", field="schedule")
+    stages = schedule_stages(schedule, sizes, types, order)
     if schedule == "mixed":
         if not isinstance(batch_size, int):
-            raise InputError("a batch of mixed rows has one size, got one for each dataset", field="batch_size")
+            batch_size = mixed_batch_size(list(sizes.values()), batch_size, world_size)
         return MixedBatchSampler(list(sizes.values()), batch_size, seed, rank, world_size)
-    stages = schedule_stages(schedule, sizes, types, order)
     return StagedBatchSampler(list(sizes.values()), batch_size, stages, seed, rank, world_size)
+
+
+def mixed_batch_size(sizes: Sequence[int], batch_sizes: Sequence[int], world_size: int = 1) -> int:
+    """Rows a rank gets per step where rows are mixed, so that an epoch has as nearly as possible as many steps.
+
+    Datasets whose batches are smaller make more steps of their rows; one size for all would make fewer, and a
+    comparison of schedules would compare numbers of steps too.
+
+    Args:
+        sizes: Rows of each dataset.
+        batch_sizes: Rows a rank gets per step of each dataset where batches are of one.
+        world_size: Number of ranks.
+    """
+    wanted = StagedBatchSampler(sizes, batch_sizes, [range(len(sizes))], world_size=world_size)
+    rows = sum(sizes) // world_size
+    middle = max(1, rows // len(wanted))
+    return min((middle, middle + 1), key=lambda size: abs(rows // size - len(wanted)))
 
 
 def schedule_stages(

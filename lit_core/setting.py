@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lit_core.cli import Spec, load
 from lit_core.errors import InputError
 from lit_core.stages import ExperimentCLI
 
-DATA_PATH = re.compile(r"--data\.[\w.]*path=(.+)")
+DATA_PATH = re.compile(r"--data\.[\w.]*path\+?=(.+)")
 ONE_DEVICE = r"1|\d+,|\[\d+\]"  # ways to write one device, or which one
 
 
@@ -43,7 +45,7 @@ class Setting:
     def _data(self) -> list[str]:
         """Size and time of the files that flags such as ``--data.path`` name: results are not those of changed data."""
         named = [DATA_PATH.fullmatch(flag) for flag in self.flags]
-        paths = [Path(match[1]) for match in named if match]
+        paths = [path for match in named if match for path in _paths(match[1])]
         files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
         return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
 
@@ -127,6 +129,15 @@ class Performer:
             quieten()
             self.experiment = load(self.setting.spec.arms)(self.setting)
         run_job(self.experiment, self.runs_dir, self.setting.scale, arm, seed)
+
+
+def _paths(value: str) -> list[Path]:
+    """Paths of a flag, which may have one or a list of them: ``a`` or ``[a, b]``."""
+    try:
+        found = yaml.safe_load(value) if value.startswith("[") else value
+    except yaml.YAMLError:  # the parser of the flags tells what is wrong
+        found = value
+    return [Path(str(path)) for path in (found if isinstance(found, list) else [value])]
 
 
 def _joined(flags: Sequence[str]) -> list[str]:

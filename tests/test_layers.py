@@ -14,11 +14,16 @@ MAY_IMPORT = {
     "experiments": {"experiments", "lit_embed", "lit_rl", "lit_core"},
 }
 INSIDE = {  # folder of a package -> folders of the same package that it must not import
+    "kernels": {"functional", "modules", "data", "retrieval", "rewards", "callbacks", "methods"},
     "functional": {"modules", "data", "retrieval", "rewards", "callbacks", "methods"},
     "modules": {"data", "callbacks", "methods"},
     "retrieval": {"modules", "data", "callbacks", "methods"},
     "data": {"modules", "callbacks", "methods"},
     "methods": {"data", "callbacks"},
+}
+LIBRARIES = {  # folder of a package -> all that it may import besides
+    "functional": {"torch", "typing", "collections", "dataclasses", "math"},
+    "kernels": {"numba", "numpy", "math"},
 }
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -43,10 +48,8 @@ def test_a_file_imports_only_what_is_below_it(path: Path) -> None:
         if top in PACKAGES:
             assert top in MAY_IMPORT[package], f"{package} must not import {module}"
             assert not (top == package and rest and rest[0] in forbidden_folders), f"{path} must not import {module}"
-        elif folders[0] == "functional":
-            assert top in ("torch", "typing", "collections", "dataclasses", "math"), (
-                f"functional imports torch only, not {module}"
-            )
+        elif folders[0] in LIBRARIES:
+            assert top in LIBRARIES[folders[0]], f"{folders[0]} must not import {module}"
 
 
 def test_files_fit_one_sitting() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 from experiments.boom.figures import figures
 from experiments.boom.merges import (
@@ -23,15 +23,18 @@ from experiments.boom.training import (
     OLD,
     Trained,
     base_arm,
+    data_of,
     groups_arm,
+    names_flag,
     new_sets,
     trained_arm,
     two_stage_arm,
 )
-from lit_core.presets import is_preset
+from lit_core.errors import InputError
 from lit_core.reproduce import Arm, Claim, Experiment
 from lit_core.setting import Setting
 from lit_embed.data.bagging import size_weights, training_cost
+from lit_embed.data.task_sources import FamiliesSource
 
 LATE_SHARE = 0.1  # of the user's own data that arrives later, where nothing else is said
 METRIC, OTHER = "in_domain", "out_of_domain"
@@ -49,8 +52,8 @@ MEMBERS: dict[str, tuple[float, int, bool]] = {
 MAIN_MEMBERS = ("m20", "m40", "m60", "m80")
 ALL_RATIOS = (*MAIN_MEMBERS, FULL)  # the full run is the member of 100 percent
 SCHEDULES = (
-    Trained("bls_3", "BLS, three epochs", ("--trainer.max_epochs=3",), cost=3.0, main=True),
     Trained("by_set", "set after set", ("--data.schedule=dataset",), main=True),
+    Trained("by_set_reversed", "set after set, the smallest first", ("--data.schedule=dataset",), smallest_first=True),
     Trained("by_task", "task type after task type", ("--data.schedule=task",)),
     Trained("mixed", "rows mixed", ("--data.schedule=mixed",)),
 )
@@ -70,17 +73,17 @@ WAYS: dict[str, tuple[str, dict[str, float], bool]] = {  # of merging models of 
 def build(setting: Setting) -> Experiment:
     """The arms and claims at a scale."""
     setting = _with_late_rows(setting)
-    based = is_preset(setting.value(None, "model.backbone"))
-    needs = (BASE,) if based else ()
+    _check_flags(setting)
+    needs = (BASE,)
     steps = ("--checkpoint.save_top_k=-1", "--checkpoint.filename={step}")
     full = Trained(FULL, "BLS (batch-level shuffling)", steps, main=True)
-    arms: list[Arm] = [base_arm(setting)] if based else []
-    arms.append(trained_arm(setting, full, needs, None))
+    arms = [base_arm(setting), trained_arm(setting, full, needs, None)]
     for name, bag in MEMBERS.items():
         title = f"the other {bag[0]:g} %" if bag[2] else f"member, {bag[0]:g} %"
         one = Trained(name, title, cost=bag[0] / 100, order=1 + bag[1] + 10 * bag[2], main=name in MAIN_MEMBERS)
         arms.append(trained_arm(setting, one, needs, bag))
-    arms += [trained_arm(setting, one, needs, None) for one in SCHEDULES]
+    longer = Trained("bls_3", "BLS, three times as long", _longer(setting, 3), cost=3.0, main=True)
+    arms += [trained_arm(setting, one, needs, None) for one in (longer, *SCHEDULES)]
     arms.append(two_stage_arm(setting, needs))
     more = [Trained(f"bls_{word}", f"BLS, {word} order", order=order)
             for word, order in (("second", 21), ("third", 22))]  # fmt: skip
@@ -101,12 +104,26 @@ def build(setting: Setting) -> Experiment:
         "drift",
         "from_linear",
     )
-    table += _own_tasks(setting)
+    data = data_of(setting)
+    table += _own_tasks(data)
+    trivial = _trivial_arms(_types(data), [arm.name for arm in arms])
+    kept = [arm for arm in arms if arm.name not in trivial]
+    claims = [claim for claim in _claims() if not {claim.arm, claim.baseline} & trivial.keys()]
+    notes = (*_notes(), *([f"{', '.join(trivial)}: left out, {next(iter(trivial.values()))}."] if trivial else []))
     jobs = 1 if setting.scale == "paper" else 2
     return Experiment(
-        "boom", tuple(arms), _claims(), table, _fingerprint(setting), ("train/loss",), jobs,
-        _notes(), figures,
-    )  # fmt: skip
+        "boom", tuple(kept), tuple(claims), table, _fingerprint(setting), ("train/loss",), jobs, notes, figures
+    )
+
+
+def _check_flags(setting: Setting) -> None:
+    """Refuse flags under which arms could not be compared, before anything is trained."""
+    if (quantization := setting.value(None, "model.quantization")) is not None:
+        raise InputError(
+            f"members are merged whole, which weights in {quantization} cannot be; leave it out", field="quantization"
+        )
+    if setting.value(None, "data.order") is not None:
+        raise InputError("the arms differ in it, and most have none; leave it out, or use fit", field="order")
 
 
 def _with_late_rows(setting: Setting) -> Setting:
@@ -123,11 +140,33 @@ def _fingerprint(setting: Setting) -> str:
     return "\n".join([setting.fingerprint(), *(p.read_text() for p in setting.spec.configs(setting.scale, "base"))])
 
 
-def _own_tasks(setting: Setting) -> tuple[str, ...]:
+def _longer(setting: Setting, times: int) -> tuple[str, ...]:
+    """Flags of a fit that lasts several times as long, whatever bounds it."""
+    bounds = {name: setting.value(None, f"trainer.{name}") for name in ("max_epochs", "max_steps")}
+    return tuple(f"--trainer.{name}={times * value}" for name, value in bounds.items() if value and value > 0)
+
+
+def _own_tasks(data: Any) -> tuple[str, ...]:
     """Scores of the user's own collections, one by one; the built-in tasks are too many for a table."""
-    paths = setting.value(None, "data.path")
-    names = [Path(path).stem for path in ([paths] if isinstance(paths, str) else paths)]
-    return () if "families" in names or len(names) > 8 else tuple(f"task/{name}" for name in names)
+    names = [source.name for source in data.sources() if not isinstance(source, FamiliesSource)]
+    return () if "families" in data.paths or len(names) > 8 else tuple(f"task/{name}" for name in names)
+
+
+def _types(data: Any) -> set[str]:
+    """Task types that are trained on."""
+    return {
+        kind for source in data.sources() for name, kind in source.types().items() if data.trains_on(name, kind)
+    }  # fmt: skip
+
+
+def _trivial_arms(types: set[str], arms: Sequence[str]) -> dict[str, str]:
+    """Arms that would only repeat BLS where all sets are of one task type, and why."""
+    if len(types) < 2:
+        found = [name for name in arms if name in ("by_task", "two_stage", "tasks") or name.startswith("merged_tasks_")]
+        return dict.fromkeys(found, f"as BLS is the same where all sets are of one task type ({''.join(types)})")
+    if "retrieval" not in types:
+        return {"two_stage": "as BLS is the same without a set of type retrieval"}
+    return {}
 
 
 def _merges() -> list[Merged]:
@@ -153,15 +192,15 @@ def _merges() -> list[Merged]:
 def _granularities(setting: Setting, needs: tuple[str, ...]) -> list[Arm]:
     """Models of single sets, task types and clusters of sets, merged."""
     arms = [groups_arm(setting, "sets", "models of single sets", "set", needs)]
-    arms.append(group_arm(setting, Merged("merged_sets", "a model a set, merged", ("sets",), 1.0), needs))
+    arms.append(group_arm(setting, Merged("merged_sets", "a model a set, merged", ("sets",)), needs))
     arms.append(groups_arm(setting, "tasks", "models of task types", "type", needs))
     for method, (title, options, of_base) in WAYS.items():
         name = f"merged_tasks_{method}"
-        one = Merged(name, f"a model a task type, {title}", ("tasks",), 1.0, method, None, options, of_base)
+        one = Merged(name, f"a model a task type, {title}", ("tasks",), method=method, options=options, of_base=of_base)
         arms.append(group_arm(setting, one, needs))
     arms.append(gains_arm(setting, needs))
     arms.append(groups_arm(setting, "clusters", "models of clusters", "cluster", (*needs, "gains")))
-    arms.append(group_arm(setting, Merged("merged_clusters", "a model a cluster, merged", ("clusters",), 1.0), needs))
+    arms.append(group_arm(setting, Merged("merged_clusters", "a model a cluster, merged", ("clusters",)), needs))
     return arms
 
 
@@ -185,9 +224,10 @@ def _updates(setting: Setting, needs: tuple[str, ...]) -> list[Arm]:
 def _two_updates(setting: Setting, needs: tuple[str, ...], late: Sequence[str]) -> list[Arm]:
     """Half of the late sets arrive, then the others; the core grows with them."""
     first, second = late[: len(late) // 2], late[len(late) // 2 :]
+    without = [*second, *(name for name in setting.value(None, "data.leave_out") or [] if name not in second)]
     flags = {
-        "first": (BOTH, f"--data.new=[{','.join(first)}]", f"--data.leave_out=[{','.join(second)}]"),
-        "second": (BOTH, f"--data.new=[{','.join(second)}]"),
+        "first": (BOTH, names_flag("new", first), names_flag("leave_out", without)),
+        "second": (BOTH, names_flag("new", second)),
     }
     updates = [
         Trained(f"{word}_update", f"{word} update alone", of, None, order=35 + number, hidden=True)
@@ -201,7 +241,8 @@ def _two_updates(setting: Setting, needs: tuple[str, ...], late: Sequence[str]) 
 
 
 def _claims() -> tuple[Claim, ...]:
-    schedules = (("by_set", "set after set"), ("by_task", "task type after task type"), ("two_stage", "two stages"),
+    schedules = (("by_set", "set after set"), ("by_set_reversed", "set after set, the smallest first"),
+                 ("by_task", "task type after task type"), ("two_stage", "two stages"),
                  ("mixed", "mixed rows"), ("merged_sets", "a merged model a set"),
                  ("merged_tasks_multislerp", "a merged model a task type"),
                  ("merged_clusters", "a merged model a cluster"))  # fmt: skip
@@ -223,11 +264,13 @@ def _claims() -> tuple[Claim, ...]:
 
 def _notes() -> tuple[str, ...]:
     return (
-        "'cost' is what training took, where one run over all data costs 1; that of an update is the update's alone. "
+        "'cost' is what training took, where one run over all data costs 1; that of an update is the update's alone, "
+        "that of clusters has in it the short runs by which they were found. "
         "Steps and tokens count everything a model rests on, the base included.",
         "'drift' is the mean norm of the members' differences from the base, as a share of the base's; 'from_linear' "
         "how far a merge lies from the linear one, as a share of that one's distance from the base. Where both are "
         "small, ways to merge cannot differ.",
-        "'old_tasks' and 'new_tasks' are the in-domain tasks whose sets were there from the start, or arrive later.",
+        "'old_tasks' and 'new_tasks' are the in-domain tasks whose sets were there from the start, or one of whose "
+        "sets arrives later.",
         "No member, weight or checkpoint is chosen by a score: all are final steps.",
     )

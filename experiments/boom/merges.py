@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Merged:
         name: Of the arm.
         title: In tables.
         members: Arms whose models are merged.
-        cost: Of training them, where a run over all data costs 1.
+        cost: Of training them, where a run over all data costs 1; ``group_arm`` takes what that arm says.
         method: Of merging.
         weights: One a member; None counts them equally.
         options: Of the method.
@@ -41,7 +41,7 @@ class Merged:
     name: str
     title: str
     members: tuple[str, ...]
-    cost: float
+    cost: float = 1.0
     method: str = "multislerp"
     weights: tuple[float, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -63,7 +63,9 @@ def group_arm(setting: Setting, one: Merged, needs: tuple[str, ...]) -> Arm:
     """The same for the models that a single arm has trained, one for each set, task type or cluster."""
 
     def run(context: ArmContext) -> None:
-        _merge(setting, context, one, group_models(context.of(one.members[0])))
+        group = context.of(one.members[0])
+        cost = read_json(group / "results.json")["metrics"]["cost"]
+        _merge(setting, context, replace(one, cost=cost), group_models(group))
 
     return Arm(one.name, one.title, run, main=one.main, needs=(*needs, *one.members))
 
@@ -94,7 +96,7 @@ def interpolated_arm(setting: Setting, share: float, needs: tuple[str, ...]) -> 
     """Between the base and the run over all data: robustness without bags."""
 
     def run(context: ArmContext) -> None:
-        models = [context.of(FULL) / EXPORT, base_model(setting, context)]
+        models = [context.of(FULL) / EXPORT, context.of(BASE) / EXPORT]
         _merge(setting, context, Merged("", "", (), 1.0, "linear", (share, 1 - share)), models)
 
     name = f"interpolated_{100 * share:.0f}"
@@ -165,20 +167,8 @@ def _passages(encoder: Any, texts: list[str]) -> torch.Tensor:
     return encoder.encode(texts, "passage", progress=False) if texts else torch.zeros(0, encoder.embedding_dimension)
 
 
-def base_model(setting: Setting, context: ArmContext) -> Path:
-    """Folder of the model that members were trained from."""
-    if BASE in context.needed:
-        return context.of(BASE) / EXPORT
-    backbone = setting.value(None, "model.backbone")
-    if Path(backbone).is_dir():
-        return Path(backbone)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(backbone, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-
-
 def _merge(setting: Setting, context: ArmContext, one: Merged, models: Sequence[Path]) -> None:
-    base = base_model(setting, context)
+    base = context.of(BASE) / EXPORT
     target = context.folder / MERGED
     if not target.exists():
         merge_folders(models, target, one.method, one.weights, base if one.of_base else None, **one.options)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from experiments.boom.training import order_seed, sets_of, start_flags, total
+from experiments.boom.training import drawn, names_flag, order_seed, sets_of, start_flags, total
 from lit_core.files import read_json, write_json
 from lit_core.reproduce import Arm, ArmContext, write_results
 from lit_core.setting import Setting
@@ -40,7 +40,8 @@ def gains_arm(setting: Setting, needs: tuple[str, ...]) -> Arm:
         write_json(context.folder / CLUSTERS, {f"cluster{number}": sets for number, sets in enumerate(chosen, start=1)})
         write_json(context.folder / "curves.json", {})
         costs = [read_json(path)["cost"] for path in sorted(context.folder.rglob("losses.json"))]
-        write_results(context.folder, {"clusters": float(len(chosen))}, cost=total(costs))
+        share = sum(cost["rows"] for cost in costs) / sum(of["rows"] for of in sets_of(setting, context).values())
+        write_results(context.folder, {"clusters": float(len(chosen)), "cost": share}, cost=total(costs))
 
     return Arm("gains", "pairs of sets", run, main=False, seeded=False, hidden=True, needs=needs)
 
@@ -50,14 +51,15 @@ def _losses(setting: Setting, context: ArmContext, names: Sequence[str]) -> dict
     folder = context.folder / "+".join(names)
     path = folder / "losses.json"
     if not path.exists():
-        ratio, rows = f"--data.bag.ratio={HELD_OUT}", f"--data.limit={ROWS[setting.scale]}"
-        sets = f"--data.train_on=[{','.join(names)}]"
+        limit = min(ROWS[setting.scale], setting.value(None, "data.limit") or ROWS[setting.scale])
+        ratio, rows = f"--data.bag.ratio={HELD_OUT}", f"--data.limit={limit}"
+        sets = names_flag("train_on", names)
         start = start_flags(context, "base")
         cli: Any = setting.fit(
             folder / "fit", order_seed(context, 0), [*start, sets, rows, ratio, "--data.bag.complement=true"]
         )
         losses = {name: _held_out_loss(setting, folder, cli.model, name, [rows, ratio]) for name in names}
-        cost = {"steps": float(cli.trainer.global_step), "tokens": float(cli.throughput.tokens)}
+        cost = {"steps": float(cli.trainer.global_step), "tokens": float(cli.throughput.tokens), "rows": drawn(cli)}
         write_json(path, {"losses": losses, "cost": cost})
     return read_json(path)["losses"]
 
@@ -65,7 +67,7 @@ def _losses(setting: Setting, context: ArmContext, names: Sequence[str]) -> dict
 @torch.no_grad()
 def _held_out_loss(setting: Setting, folder: Path, module: Any, name: str, flags: Sequence[str]) -> float:
     """Mean loss of a set's rows that were kept out of training, in batches like those of training."""
-    args = ["fit", *setting.flags, *flags, f"--data.train_on=[{name}]", "--seed_everything=0"]
+    args = ["fit", *setting.flags, *flags, names_flag("train_on", [name]), "--seed_everything=0"]
     cli = ExperimentCLI(setting.spec, args, setting.spec.configs(setting.scale), folder, quiet=True, execute=False)
     data: Any = cli.datamodule
     data.setup("fit")

@@ -1,15 +1,19 @@
 """Trained models of the experiment: a base, members, schedules, stages, models of single sets or task types."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.retrieval import exported
+from lit_core.errors import InputError
 from lit_core.files import read_json, write_json
+from lit_core.presets import is_preset
 from lit_core.reproduce import Arm, ArmContext, write_results
 from lit_core.setting import Setting
 from lit_core.stages import ExperimentCLI
+from lit_embed.data.task_sources import task_of
 
 BASE, FULL = "base", "bls"
 EXPORT, DONE = "export", "cost.json"
@@ -30,6 +34,7 @@ class Trained:
         order: Tells its order of data from that of others; the bag is told by flags.
         main: Whether it is run by default.
         hidden: Whether it is no row of the table.
+        smallest_first: Whether sets that follow one another come by increasing size, against the usual order.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Trained:
     order: int = 0
     main: bool = False
     hidden: bool = False
+    smallest_first: bool = False
 
 
 def order_seed(context: ArmContext, order: int) -> int:
@@ -51,6 +57,11 @@ def bag_flags(context: ArmContext, ratio: float, member: int, complement: bool =
     """Flags of a member's bag."""
     fields = {"ratio": f"{ratio:g}", "member": member, "seed": context.seed, "complement": str(complement).lower()}
     return [f"--data.bag.{name}={value}" for name, value in fields.items()]
+
+
+def names_flag(field: str, names: Sequence[str]) -> str:
+    """Flag of the data module that lists names, each in quotes: a file may be called ``2020.jsonl``."""
+    return f"--data.{field}={json.dumps(list(names))}"
 
 
 def start_flags(context: ArmContext, start: str) -> list[str]:
@@ -70,10 +81,14 @@ def fit(setting: Setting, folder: Path, seed: int, flags: Sequence[str], stage: 
         exported(cli, folder / EXPORT)
         path = cli.folder / "curves.json"
         write_json(folder / "curves.json", read_json(path) if path.exists() else {})
-        rows = sum(of["drawn"] for of in cli.datamodule.manifest["datasets"].values())
         steps, tokens = cli.trainer.global_step, cli.throughput.tokens
-        write_json(folder / DONE, {"steps": float(steps), "tokens": float(tokens), "rows": float(rows)})
+        write_json(folder / DONE, {"steps": float(steps), "tokens": float(tokens), "rows": drawn(cli)})
     return read_json(folder / DONE)
+
+
+def drawn(cli: Any) -> float:
+    """Rows that a fit was given."""
+    return float(sum(of["drawn"] for of in cli.datamodule.manifest["datasets"].values()))
 
 
 def evaluation_cli(setting: Setting, folder: Path, model: Path, execute: bool = True) -> ExperimentCLI:
@@ -90,7 +105,9 @@ def evaluate(
     """Test the model in a folder and write the arm's results; this marks the arm as done."""
     cli = evaluation_cli(setting, context.folder, model)
     module: Any = cli.model
-    tasks = [one.task for one in cli.datamodule.evaluation("test")]
+    tasks = [one.task for one in cli.datamodule.evaluation("test") if one.task.name in module.task_scores]
+    if not tasks:
+        raise InputError("no task was tested whole; allow more batches", field="limit_test_batches")
     scores = {task.name: module.task_scores[task.name][task.main] for task in tasks}
     finish(setting, context, scores, {task.name: task.domain for task in tasks}, module.task_means, extra, cost)
 
@@ -105,22 +122,30 @@ def finish(
     cost: Mapping[str, float],
 ) -> None:
     """Write results from the tasks' main scores: means over tasks, each with its tasks as items."""
-    within = [name for name in scores if domains[name] == "in"]
-    groups = {
-        "in_domain": within,
-        "out_of_domain": [name for name in scores if domains[name] == "out"],
-        "mean_task": list(scores),
-    }
-    late = new_sets(setting)
-    if late:
-        groups["new_tasks"] = [name for name in scores if name in late]
-        groups["old_tasks"] = [name for name in within if name not in late]
+    groups = groups_of_tasks(domains, new_sets(setting))
     items = {name: {task: scores[task] for task in of} for name, of in groups.items() if of}
     metrics = {**means, **{name: sum(of.values()) / len(of) for name, of in items.items()}, **extra}
     metrics |= {f"task/{name}": value for name, value in scores.items()}
     if not (context.folder / "curves.json").exists():
         write_json(context.folder / "curves.json", {})
     write_results(context.folder, metrics, items, cost)
+
+
+def groups_of_tasks(domains: Mapping[str, str], late: Sequence[str]) -> dict[str, list[str]]:
+    """Tasks whose scores are averaged together, by the name of the mean.
+
+    Args:
+        domains: Domain of each task, ``in`` or ``out``.
+        late: Training sets that arrive later; a task is new if one of its sets is.
+    """
+    within = [name for name, domain in domains.items() if domain == "in"]
+    without = [name for name, domain in domains.items() if domain == "out"]
+    groups = {"in_domain": within, "out_of_domain": without, "mean_task": list(domains)}
+    if late:
+        new = {task_of(name) for name in late}
+        groups["new_tasks"] = [name for name in domains if name in new]
+        groups["old_tasks"] = [name for name in within if name not in new]
+    return groups
 
 
 def new_sets(setting: Setting) -> list[str]:
@@ -130,15 +155,35 @@ def new_sets(setting: Setting) -> list[str]:
 
 
 def base_arm(setting: Setting) -> Arm:
-    """What all models start from, where the backbone has random weights: trained on all domains, thinly."""
+    """What all models start from and are compared with: the backbone as it is, or a preset that is trained before.
+
+    A preset has random weights: it is trained on all domains, thinly. Any other backbone is exported untrained, so that
+    its tensors have the names that the models' exports give them.
+    """
 
     def run(context: ArmContext) -> None:
-        built_in = ["--data.path=families", "--data.base=true", "--data.new=null", "--data.hard_negatives=none"]
-        chosen = ["--data.train_on=null", "--data.types=null", "--data.leave_out=null", "--model.lora.r=0"]
-        cost = fit(setting, context.folder, 0, [*built_in, *chosen], "base")
+        if is_preset(setting.value(None, "model.backbone")):
+            built_in = ["--data.path=families", "--data.base=true", "--data.hard_negatives=none", "--data.part=all"]
+            unset = ("new", "train_on", "types", "leave_out", "held_out", "task_instructions")
+            chosen = [f"--data.{name}=null" for name in unset]
+            cost = fit(setting, context.folder, 0, [*built_in, *chosen, "--model.lora.r=0"], "base")
+        else:
+            _export_untrained(setting, context.folder)
+            cost = {"steps": 0.0, "tokens": 0.0}
         evaluate(setting, context, context.folder / EXPORT, {"cost": 0.0}, only_costs(cost))
 
     return Arm(BASE, "base", run, seeded=False)
+
+
+def _export_untrained(setting: Setting, folder: Path) -> None:
+    """Write the backbone without adapters of its own, once."""
+    if not (folder / EXPORT).exists():
+        args = ["fit", *setting.flags, "--model.lora.r=0"]
+        cli: Any = ExperimentCLI(
+            setting.spec, args, setting.spec.configs(setting.scale), folder, quiet=True, execute=False
+        )
+        cli.model.configure_model()
+        cli.model.export(folder / EXPORT)
 
 
 def trained_arm(setting: Setting, one: Trained, needs: tuple[str, ...], bag: tuple[float, int, bool] | None) -> Arm:
@@ -154,6 +199,9 @@ def trained_arm(setting: Setting, one: Trained, needs: tuple[str, ...], bag: tup
     def run(context: ArmContext) -> None:
         bagged = bag_flags(context, *bag) if bag is not None else []
         flags = [*start_flags(context, one.start), *bagged, *one.flags]
+        if one.smallest_first:
+            rows = {name: of["rows"] for name, of in sets_of(setting, context).items()}
+            flags.append(names_flag("order", sorted(rows, key=lambda name: -rows[name])[::-1]))
         cost = fit(setting, context.folder, order_seed(context, one.order), flags)
         share = one.cost
         if share is None:
@@ -177,7 +225,7 @@ def two_stage_arm(setting: Setting, needs: tuple[str, ...]) -> Arm:
         flags, costs = start_flags(context, BASE), []
         for number, chosen in enumerate(filter(None, (first, rest))):
             folder = context.folder / f"stage{number + 1}"
-            wanted = f"--data.types=[{','.join(chosen)}]"
+            wanted = names_flag("types", chosen)
             costs.append(fit(setting, folder, order_seed(context, number), [*flags, wanted]))
             flags = [f"--model.backbone={folder / EXPORT}"]
         evaluate(setting, context, folder / EXPORT, {"cost": 1.0}, total(costs))
@@ -194,12 +242,16 @@ def sets_of(setting: Setting, context: ArmContext) -> dict[str, dict[str, Any]]:
     """Task type and number of rows of each training set."""
     path = context.folder / "sets.json"
     if not path.exists():
-        args = ["fit", *setting.flags]
-        configs = setting.spec.configs(setting.scale)
-        cli = ExperimentCLI(setting.spec, args, configs, context.folder, quiet=True, execute=False)
-        cli.datamodule.setup("fit")
-        write_json(path, cli.datamodule.training_sets())
+        data = data_of(setting)
+        data.setup("fit")
+        write_json(path, data.training_sets())
     return read_json(path)
+
+
+def data_of(setting: Setting) -> Any:
+    """The data module of the user's flags, nothing read yet."""
+    args, configs = ["fit", *setting.flags], setting.spec.configs(setting.scale)
+    return ExperimentCLI(setting.spec, args, configs, Path(), quiet=True, execute=False).datamodule
 
 
 def groups_arm(setting: Setting, name: str, title: str, by: str, needs: tuple[str, ...]) -> Arm:
@@ -208,12 +260,13 @@ def groups_arm(setting: Setting, name: str, title: str, by: str, needs: tuple[st
     def run(context: ArmContext) -> None:
         costs = {}
         for group, sets in _groups(setting, context, by).items():
-            wanted = f"--data.train_on=[{','.join(sets)}]"
+            wanted = names_flag("train_on", sets)
             folder = context.folder / group
             costs[group] = fit(setting, folder, order_seed(context, 0), [*start_flags(context, BASE), wanted])
         write_json(context.folder / "groups.json", list(costs))
         write_json(context.folder / "curves.json", {})
-        write_results(context.folder, {"cost": 1.0}, cost=total(list(costs.values())))
+        measured = read_json(context.of("gains") / "results.json")["metrics"]["cost"] if by == "cluster" else 0.0
+        write_results(context.folder, {"cost": 1.0 + measured}, cost=total(list(costs.values())))
 
     return Arm(name, title, run, main=False, hidden=True, needs=needs)
 

@@ -50,12 +50,12 @@ class TaskReport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
             write_json(self.folder / "validation.json", {n: float(v) for n, v in trainer.callback_metrics.items()})
-            self._print("validation", _tasks(trainer, "validate"), pl_module)
+            self._print("validation", _tasks(trainer, "validate", pl_module), pl_module)
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
-        tasks = _tasks(trainer, "test")
+        tasks = _tasks(trainer, "test", module)
         write_json(self.folder / "scores.json", module.task_scores)
         main = {f"{task.name}/{task.main}": module.task_scores[task.name][task.main] for task in tasks}
         write_results(self.folder, {**module.task_means, **main})
@@ -66,6 +66,8 @@ class TaskReport(Callback):
         from rich.console import Console
         from rich.table import Table
 
+        if not tasks:
+            return
         table = Table("task", "domain", "score", "", title=f"{title}: {len(tasks)} tasks", title_justify="left")
         for task in tasks:
             table.add_row(task.name, task.domain, f"{module.task_scores[task.name][task.main]:.4f}", task.main)
@@ -74,5 +76,7 @@ class TaskReport(Callback):
         Console().print(table)
 
 
-def _tasks(trainer: Trainer, stage: str) -> list[EvalTask]:
-    return [found.task for found in vars(trainer)["datamodule"].evaluation(stage)]
+def _tasks(trainer: Trainer, stage: str, module: Any) -> list[EvalTask]:
+    """The tasks that were scored; others were not encoded whole."""
+    tasks = [found.task for found in vars(trainer)["datamodule"].evaluation(stage)]
+    return [task for task in tasks if task.name in module.task_scores]

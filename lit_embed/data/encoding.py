@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, cast
 
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lit_core.datamodule import RankedDataModule
 from lit_core.loader import plain_loader
 from lit_core.samplers import LengthSortedBatchSampler
 from lit_embed.data.dataset import TextDataset
@@ -27,7 +27,7 @@ class Collating(Protocol):
         ...
 
 
-class EncodingDataModule(LightningDataModule):
+class EncodingDataModule(RankedDataModule):
     """Base of data modules whose texts the trainer's module encodes.
 
     Args:
@@ -44,14 +44,6 @@ class EncodingDataModule(LightningDataModule):
         if self.trainer is None:
             raise ValueError("loaders need a trainer: its module tokenises the texts")
         return cast(Collating, self.trainer.lightning_module)
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
 
     def _text_loader(self, texts: Mapping[str, str], kind: Literal["query", "passage"]) -> DataLoader[Any]:
         lengths = [2 + len(text.encode()) // BYTES_PER_TOKEN for text in texts.values()]

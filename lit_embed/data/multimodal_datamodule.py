@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
+from lit_core.datamodule import RankedDataModule
 from lit_core.errors import InputError
 from lit_core.loader import ResumableLoader, plain_loader
 from lit_core.samplers import HomogeneousBatchSampler, LengthSortedBatchSampler, ResumableBatchSampler, permutation
 from lit_embed.data.distinct import DistinctBatchSampler
+from lit_embed.data.encoding import whole_prediction
 from lit_embed.data.multimodal_sources import FileSource, MultimodalSource, Part, SceneSource, Stage
 from lit_embed.data.scenes import SceneConfig
 from lit_embed.multimodal import (
@@ -89,7 +90,7 @@ _MAKE: dict[TrainStage, Callable[[Any, int], Any]] = {
 }
 
 
-class MultimodalDataModule(LightningDataModule):
+class MultimodalDataModule(RankedDataModule):
     """Images, texts and pairs to train on in one of three stages, and tasks to evaluate on.
 
     In the contrastive stage validation gives two loaders, ``[items, pairs]``, otherwise one, ``[rows]``. Testing and
@@ -229,9 +230,7 @@ class MultimodalDataModule(LightningDataModule):
         return [self._item_loader("test")]
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        # the trainer cannot know that this sampler leaves nothing out
-        warnings.filterwarnings("ignore", "You are using a custom batch sampler `LengthSortedBatchSampler`")
-        return [self._item_loader("test")]
+        return whole_prediction([self._item_loader("test")])
 
     @property
     def _module(self) -> MultimodalCollating:
@@ -243,14 +242,6 @@ class MultimodalDataModule(LightningDataModule):
     def _is_tested(self) -> bool:
         """The stages before the contrastive one may do without evaluation rows."""
         return self.stage == "contrastive" or self.source.has_tests
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
 
     def _rows(self, part: Part) -> dict[str, Sequence[Any]]:
         """Rows of the present stage, by task where batches may be of one."""

@@ -1,6 +1,7 @@
 """The data of BOOM: several training sets of different task types, bags of them, and tasks to evaluate on."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple, get_args
@@ -16,9 +17,18 @@ from lit_embed.data.dataset import MixedDataset, PairDataset
 from lit_embed.data.encoding import EncodingDataModule, whole_prediction
 from lit_embed.data.families import FamiliesConfig
 from lit_embed.data.negatives import add_bm25_negatives
-from lit_embed.data.records import Example, Passage
+from lit_embed.data.records import Example
 from lit_embed.data.sources import PairKind, Stage
-from lit_embed.data.task_sources import FamiliesSource, TaskSet, TaskSource, instruct, sources_of, with_instruction
+from lit_embed.data.task_sources import (
+    FamiliesSource,
+    TaskSet,
+    TaskSource,
+    apart,
+    instruct,
+    sources_of,
+    task_of,
+    with_instruction,
+)
 from lit_embed.retrieval.tasks import EvalTask, TaskType
 
 Part = Literal["all", "old", "new", "core", "core+new"]
@@ -48,7 +58,7 @@ class TaskDataModule(EncodingDataModule):
             file is a set. FlagEmbedding's ``prompt``, ``type``, ``batch_size``, ``pos_scores``, ``neg_scores`` and
             names that end with ``no_in_batch_neg`` mean what they mean there.
         schedule: ``bls`` mixes batches, each of one set; ``dataset`` takes set after set, ``task`` type after type;
-            ``mixed`` mixes rows.
+            ``mixed`` mixes rows, in batches of one size that make about as many steps.
         order: Sets or task types in the order of training; by default by decreasing size.
         types: Train on sets of these task types alone, as a stage of several does.
         train_on: Train on these sets alone.
@@ -149,13 +159,29 @@ class TaskDataModule(EncodingDataModule):
         Raises:
             InputError: Something is missing or broken in the data; the error names file, line and field.
         """
-        if not self._sources:
-            self._sources = [source for path in self.paths for source in self._sources_of(path)]
+        sources = self.sources()
         if stage == "fit" and not self._datasets:
-            for note in filter(None, (source.note() for source in self._sources)):
+            for note in filter(None, (source.note() for source in sources)):
                 rank_zero_info(note)
             self._sets, self._datasets, self.manifest = self._train_sets()
         self.evaluation("validate" if stage in ("fit", "validate") else "test")
+
+    def sources(self) -> list[TaskSource]:
+        """Return where sets and tasks come from, of which nothing is read yet.
+
+        Raises:
+            InputError: A path leads nowhere, or a name is that of no folder or file.
+        """
+        if not self._sources:
+            sources = [source for path in self.paths for source in self._sources_of(path)]
+            self._check_names(sources)
+            self._sources = sources
+        return self._sources
+
+    def trains_on(self, name: str, kind: TaskType) -> bool:
+        """Say whether a set of this name and task type is trained on."""
+        of_type = self.types is None or kind in self.types
+        return of_type and (self.train_on is None or name in self.train_on) and name not in self.leave_out
 
     def evaluation(self, stage: Stage) -> list[EncodedTask]:
         """Return the tasks of a stage, each with the keys of its texts among those encoded, after ``setup``."""
@@ -163,6 +189,8 @@ class TaskDataModule(EncodingDataModule):
             tasks = [task for source in self._sources for task in source.evaluation(stage)]
             if not tasks:
                 raise InputError("there is nothing to evaluate on", ", ".join(self.paths))
+            if twice := [name for name, count in Counter(task.name for task in tasks).items() if count > 1]:
+                raise InputError(f"there are two tasks '{twice[0]}'; rename a folder or file", field="path")
             queries, passages = _Texts(), _Texts()
             self._evaluation[stage] = [
                 EncodedTask(
@@ -181,8 +209,8 @@ class TaskDataModule(EncodingDataModule):
         return self._texts[stage]
 
     def training_sets(self) -> dict[str, dict[str, Any]]:
-        """Task type and number of rows of each set that is trained on, before any part or bag, after ``setup``."""
-        return {of.task.name: {"type": of.task.type, "rows": len(of.task.examples)} for of in self._sets}
+        """Task type and rows of each set that is trained on, within ``limit``, before part and bag, after ``setup``."""
+        return {of.task.name: {"type": of.task.type, "rows": self._size(of)} for of in self._sets}
 
     def train_dataloader(self) -> ResumableLoader:
         if self._saved:
@@ -192,7 +220,7 @@ class TaskDataModule(EncodingDataModule):
         sampler = schedule_sampler(
             self.schedule,
             dict(zip(names, map(len, self._datasets), strict=True)),
-            self.batch_size if self.schedule == "mixed" else self.batch_sizes(),
+            self.batch_sizes(),
             types,
             self.order,
             self.seed,
@@ -242,7 +270,7 @@ class TaskDataModule(EncodingDataModule):
             raise InputError(
                 f"the training set '{dataset.name}' has {len(dataset)} rows, too few for {self._world_size} devices"
             )
-        if fits < wanted:
+        if fits < wanted and self.schedule != "mixed":
             rank_zero_info(f"{dataset.name}: {len(dataset)} rows are less than a batch; a device gets {fits} a step")
         return min(wanted, fits)
 
@@ -252,9 +280,24 @@ class TaskDataModule(EncodingDataModule):
         said = self.task_instructions if self.instructions else None
         return list(sources_of(path, said, self.held_out, self.limit, self.split_seed, self.beir))
 
+    def _check_names(self, sources: Sequence[Any]) -> None:
+        """Refuse names of folders or files that there are not."""
+        known = [source.name for source in sources if not isinstance(source, FamiliesSource)]
+        for field, names in (("held_out", self.held_out), ("task_instructions", self.task_instructions)):
+            for name in names:
+                if name not in known:
+                    there = f"only {', '.join(known)}" if known else "as all sets are built in"
+                    raise InputError(f"there is no folder or file '{name}', {there}", field=field)
+
+    def _size(self, task_set: TaskSet) -> int:
+        rows = len(task_set.task.examples)
+        return rows if self.limit is None else min(rows, self.limit)
+
     def _train_sets(self) -> tuple[list[TaskSet], list[PairDataset], dict[str, Any]]:
         """The sets that are left after all filters, their datasets, and the manifest of their rows."""
         sets = [task_set for source in self._sources for task_set in source.train()]
+        if not sets:
+            raise InputError("everything is held out, so there is nothing to train on", field="held_out")
         names = [task_set.task.name for task_set in sets]
         for field, chosen, known in (
             ("train_on", self.train_on or [], names),
@@ -268,16 +311,13 @@ class TaskDataModule(EncodingDataModule):
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise InputError(f"there are two training sets '{twice}'; rename one of the files or folders", field="path")
-        kept = [
-            task_set for task_set in sets
-            if (self.types is None or task_set.task.type in self.types)
-            and (self.train_on is None or task_set.task.name in self.train_on)
-            and task_set.task.name not in self.leave_out
-        ]  # fmt: skip
+        kept = [of for of in sets if self.trains_on(of.task.name, of.task.type)]
+        if not kept:
+            raise InputError("no training set is left; change types, train_on or leave_out")
         rows: dict[str, Rows] = {}
         for task_set in kept:
             name = task_set.task.name
-            of_part = self.rows_of(name, min(len(task_set.task.examples), self.limit or len(task_set.task.examples)))
+            of_part = self.rows_of(name, self._size(task_set))
             if len(of_part):
                 rows[name] = of_part[self.bag.rows(name, len(of_part))]
         kept = [task_set for task_set in kept if task_set.task.name in rows]
@@ -315,7 +355,7 @@ class TaskDataModule(EncodingDataModule):
         if negatives and self.hard_negatives == "bm25":
             examples = add_bm25_negatives(examples, task_set.corpus, negatives, self.split_seed)
         if self.schedule == "mixed":  # rows of several collections meet in a batch, and their ids may be the same
-            examples = [_apart(example, task.name.partition("/")[0]) for example in examples]
+            examples = [apart(example, task_of(task.name)) for example in examples]
         return PairDataset(examples, task.name, negatives, task.own_group_only, rows.tolist())
 
     def _text_loaders(self, stage: Stage) -> list[DataLoader[Any]]:
@@ -338,15 +378,6 @@ class _Texts:
             found[text_id] = self._first.setdefault(said, f"{task}/{text_id}")
             self.texts[found[text_id]] = said
         return found
-
-
-def _apart(example: Example, collection: str) -> Example:
-    """An example whose passages have ids that no other collection has."""
-
-    def named(passages: tuple[Passage, ...]) -> tuple[Passage, ...]:
-        return tuple(Passage(f"{collection}/{doc_id}", text) for doc_id, text in passages)
-
-    return example._replace(positives=named(example.positives), negatives=named(example.negatives))
 
 
 def _content(examples: Any, rows: Rows) -> str:

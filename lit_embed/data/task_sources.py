@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 from lit_core.errors import InputError
 from lit_core.files import read_jsonl
 from lit_core.progress import track
-from lit_embed.data.families import FamiliesConfig, TrainTask, build_families
+from lit_embed.data.families import DOMAINS, FamiliesConfig, TrainTask, build_families, plan
 from lit_embed.data.pairs import PairReader, corpus_beside
 from lit_embed.data.records import Collection, Example, Passage, merge_examples
 from lit_embed.data.sources import BeirSource, RowSource, Stage, kind_of
@@ -27,6 +27,11 @@ def instruct(instruction: str, text: str) -> str:
     return INSTRUCTION.format(instruction=instruction, text=text) if instruction else text
 
 
+def task_of(name: str) -> str:
+    """Name of the task that a training set is evaluated by: a BEIR folder has a set for each kind of pair."""
+    return name.partition("/")[0]
+
+
 class TaskSet(NamedTuple):
     """A training set, the passages among which negatives may be mined, and how many negatives it has at most."""
 
@@ -37,6 +42,10 @@ class TaskSet(NamedTuple):
 
 class TaskSource(Protocol):
     """Training sets and evaluation tasks; everything is a function of its arguments, the same on all ranks."""
+
+    def types(self) -> dict[str, TaskType]:
+        """Return the task type of each set that there may be to train on, by name, without reading the sets."""
+        ...
 
     def train(self) -> list[TaskSet]:
         """Return the training sets, without examples held out for validation or testing."""
@@ -58,6 +67,11 @@ class FamiliesSource:
     config: FamiliesConfig
     base: bool = False
 
+    def types(self) -> dict[str, TaskType]:
+        if self.base:
+            return {f"{domain}-base": "retrieval" for domain in DOMAINS}
+        return {f"{domain.name}-{kind}": kind for kind, domain, _ in plan(self.config)}
+
     def train(self) -> list[TaskSet]:
         families = build_families(self.config)
         return [TaskSet(task, {}) for task in (families.base if self.base else families.train)]
@@ -77,6 +91,14 @@ class FolderSource:
     source: BeirSource
     instruction: str = ""
     held_out: bool = False
+
+    @property
+    def name(self) -> str:
+        """That of the folder, and of its task."""
+        return self.source.name
+
+    def types(self) -> dict[str, TaskType]:
+        return {} if self.held_out else {f"{self.name}/{kind}": "retrieval" for kind in ("qrels", "title", "sentence")}
 
     def train(self) -> list[TaskSet]:
         sets = [] if self.held_out else self.source.train_sets()
@@ -116,6 +138,15 @@ class FileSource:
     seed: int = 0
     instructions: bool = True
 
+    @property
+    def name(self) -> str:
+        """That of the file, and of its set and its task."""
+        return self.path.stem
+
+    def types(self) -> dict[str, TaskType]:
+        _, first = next(read_jsonl(self.path), (0, {}))
+        return {} if self.held_out else {self.name: type_of(str(first.get("type", "")))}
+
     @cached_property
     def _read(self) -> tuple[TrainTask, int | None]:
         examples, shared = read_task_rows(self.path, self.limit)
@@ -125,12 +156,12 @@ class FileSource:
         own = any(name.endswith(OWN_GROUP_SUFFIX) for name in (self.path.stem, self.path.resolve().parent.name))
         instruction, symmetric = str(shared.get("prompt", self.instruction)), "symmetric" in kind
         instruction = instruction if self.instructions else ""
-        task = TrainTask(self.path.stem, type_of(kind), examples, own, symmetric, instruction, size)
+        task = TrainTask(self.name, type_of(kind), examples, own, symmetric, instruction, size)
         return task, 1 if kind == "only_1neg" else None
 
     @cached_property
     def _rows(self) -> RowSource:
-        return RowSource(self.path.stem, lambda: self._read[0].examples, self.seed)
+        return RowSource(self.name, lambda: self._read[0].examples, self.seed)
 
     def train(self) -> list[TaskSet]:
         task, most_negatives = self._read
@@ -219,6 +250,15 @@ def with_instruction(task: TrainTask) -> list[Example]:
         e._replace(query=instruct(task.instruction, e.query), positives=said(e.positives), negatives=said(e.negatives))
         for e in task.examples
     ]
+
+
+def apart(example: Example, collection: str) -> Example:
+    """An example whose passages have ids that no other collection has."""
+
+    def named(passages: tuple[Passage, ...]) -> tuple[Passage, ...]:
+        return tuple(Passage(f"{collection}/{doc_id}", text) for doc_id, text in passages)
+
+    return example._replace(positives=named(example.positives), negatives=named(example.negatives))
 
 
 def _retrieval(collection: Collection, domain: str, instruction: str, symmetric: bool = False) -> Retrieval:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lit_core.datamodule import RankedDataModule
 from lit_core.errors import InputError
 from lit_core.files import read_jsonl
 from lit_core.loader import ResumableLoader, plain_loader
@@ -29,7 +29,7 @@ class TextCollating(Protocol):
         ...
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(RankedDataModule):
     """Texts to train a causal language model on; 5 %, at most 200, are held out for validation.
 
     Equal texts are used once.
@@ -97,14 +97,15 @@ class TextDataModule(LightningDataModule):
         collate = self._collator()
         return plain_loader(dataset, sampler, collate, self.num_workers)
 
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
     def _sampler(self, dataset: TextDataset, drop_last: bool, shuffle: bool = True) -> HomogeneousBatchSampler:
-        rank = self.trainer.global_rank if self.trainer else 0
         return HomogeneousBatchSampler(
-            [len(dataset)], self.batch_size, self.seed, rank, self._world_size, drop_last=drop_last, shuffle=shuffle
+            [len(dataset)],
+            self.batch_size,
+            self.seed,
+            self._rank,
+            self._world_size,
+            drop_last=drop_last,
+            shuffle=shuffle,
         )
 
     def _collator(self) -> Callable[[list[TextItem]], Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_core.backbones import BackboneConfig, Lora, Quantization
@@ -88,12 +89,12 @@ class Boom(Retriever):
         self._score_tasks("test", "test")
 
     def _score_tasks(self, stage: str, prefix: str) -> None:
-        """Score every task, each on one rank, and log main scores and their means."""
+        """Score the tasks, each on one rank, and log main scores and their means."""
         evaluation = self._data().evaluation(stage)
         queries, passages = (_by_key(side) if side.rows else {} for side in self.collected)
         self.collected = (Vectors(), Vectors())
         self.task_scores, self.task_means = score_tasks(evaluation, queries, passages)
-        found, tasks = self.task_scores, [task for task, _, _ in evaluation]
+        found, tasks = self.task_scores, [task for task, _, _ in evaluation if task.name in self.task_scores]
         logged: dict[str, Any] = {f"{task.name}/{task.main}": found[task.name][task.main] for task in tasks}
         values = {f"{prefix}/{name}": value for name, value in {**logged, **self.task_means}.items()}
         self.log_dict(values, sync_dist=True)
@@ -106,22 +107,36 @@ def score_tasks(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """All scores of every task, and means of the main ones; ranks share the tasks out.
 
+    A task of which a text was not encoded, as under the trainer's ``limit_val_batches``, is left out with a warning.
+
     Args:
         evaluation: Tasks, and for each the key of every text among the vectors.
         queries: Vectors of one side by key.
         passages: Those of the other.
+
+    Returns:
+        Scores by the names of the tasks that are whole, and means over these; both are empty where none is.
     """
+    whole = [
+        one for one in evaluation
+        if queries.keys() >= set(one[1].values()) and passages.keys() >= set(one[2].values())
+    ]  # fmt: skip
+    tasks = [task for task, _, _ in whole]
+    if left_out := {task.name for task, _, _ in evaluation} - {task.name for task in tasks}:
+        rank_zero_warn(
+            f"{len(left_out)} of {len(evaluation)} tasks are not scored, as some of their texts were not encoded (is "
+            f"the number of batches limited?): {', '.join(sorted(left_out))}"
+        )
     own = {
         task.name: task.score(
             {text_id: queries[key] for text_id, key in query_keys.items()},
             {text_id: passages[key] for text_id, key in passage_keys.items()},
         )
-        for task, query_keys, passage_keys in evaluation[rank() :: world_size()]
+        for task, query_keys, passage_keys in whole[rank() :: world_size()]
     }
     found = {name: values for part in gather_objects(own) for name, values in part.items()}
-    tasks = [task for task, _, _ in evaluation]
     scores = {task.name: found[task.name] for task in tasks}
-    return scores, mean_scores(scores, tasks)
+    return scores, mean_scores(scores, tasks) if tasks else {}
 
 
 def _by_key(side: Vectors) -> dict[str, Tensor]:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
+from lit_core.datamodule import RankedDataModule
 from lit_core.errors import InputError
 from lit_core.loader import ResumableLoader, plain_loader
 from lit_core.samplers import HomogeneousBatchSampler, LengthSortedBatchSampler
@@ -47,7 +47,7 @@ class PreferenceDataset(Dataset[PreferenceItem]):
         return self.pairs[key if isinstance(key, int) else key[1]]
 
 
-class PreferenceDataModule(LightningDataModule):
+class PreferenceDataModule(RankedDataModule):
     """Pairs of a preferred dialogue and another one.
 
     What is held out is chosen by a hash of what the user said first, so that no conversation is both trained and
@@ -155,14 +155,6 @@ class PreferenceDataModule(LightningDataModule):
         # the trainer cannot know that this sampler leaves nothing out
         warnings.filterwarnings("ignore", "You are using a custom batch sampler `LengthSortedBatchSampler`")
         return self._loader(self.test_pairs)
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
 
     def _read(self, path: str) -> list[PreferenceItem]:
         if path == BUILT_IN:

@@ -13,8 +13,8 @@ from torch.nn.functional import embedding_bag
 
 Variant = Literal["offdiag", "allpairs", "rao"]
 EntropySupport = Literal["full", "topk"]
-CHUNK = 1 << 19  # logits that are worked on at a time; more leave the caches
-GPU_CHUNK = 1 << 26  # 256 MiB, so that few operations are started
+CHUNK = 1 << 26  # logits that a GPU works on at a time: 256 MiB, so that few operations are started
+CPU_CHUNK = 1 << 22  # logits that are made float32 at a time
 BLOCK = 4  # columns of which one is the largest, as measured
 LOWEST = -1e4  # stands for minus infinity, so that 0 log 0 = 0
 
@@ -55,7 +55,7 @@ def branching_scores(
         normalised: The embeddings have length 1 already; saves a pass over the table.
 
     Raises:
-        ValueError: ``top_k`` out of range, or a table of another vocabulary.
+        ValueError: ``top_k`` out of range, a table of another vocabulary, or (on a CPU) a drawn token outside it.
     """
     vocabulary = logits.shape[-1]
     if not 1 <= top_k <= vocabulary:
@@ -66,34 +66,20 @@ def branching_scores(
     scales = None if normalised else _inverse_norms(embeddings)
     rows = logits.detach().reshape(-1, vocabulary)
     drawn = None if sampled is None else sampled.reshape(-1)
-    entropies, divergences = (torch.empty(len(rows), device=logits.device) for _ in range(2))
-    step = max(1, (GPU_CHUNK if logits.is_cuda else CHUNK) // vocabulary)
+    moments = torch.empty(4, len(rows), device=logits.device)
+    step = max(1, (CHUNK if logits.is_cuda else CPU_CHUNK) // vocabulary)
+    score = _score_rows if logits.is_cuda else _score_rows_on_cpu
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        shifted = rows[part].float()
-        shifted = (shifted - shifted.amax(-1, keepdim=True)).clamp_(min=LOWEST)
-        best_shifted, best = largest(shifted, top_k)
-        powers = shifted.exp()
-        total = powers.sum(-1)
-        p = best_shifted.exp() / total[:, None]
-        best_logs = best_shifted - total.log()[:, None]
-        if entropy_support == "full":
-            entropies[part] = total.log() - torch.linalg.vecdot(powers, shifted) / total
-        else:
-            entropies[part] = -(p * best_logs).sum(-1)
-            if drawn is not None:
-                own = shifted.gather(1, drawn[part, None])[:, 0] - total.log()
-                outside = (best != drawn[part, None]).all(1)
-                entropies[part] -= torch.where(outside, own.exp() * own, 0.0)
-        weights = p if scales is None else p * scales[best]
-        square = embedding_bag(best, embeddings, mode="sum", per_sample_weights=weights).square().sum(-1)
-        if variant == "offdiag":
-            divergences[part] = p.square().sum(-1) - square
-        elif variant == "rao":
-            divergences[part] = (p.sum(-1).square() - square).clamp(min=0)  # negative by rounding only
-        else:
-            divergences[part] = -square
-    entropy, divergence = (values.view(logits.shape[:-1]) for values in (entropies, divergences))
+        here = None if drawn is None else drawn[part]
+        score(rows[part].float(), embeddings, scales, top_k, entropy_support == "full", here, moments[:, part])
+    entropy, total, squares, square = moments.view(4, *logits.shape[:-1])
+    if variant == "offdiag":
+        divergence = squares - square
+    elif variant == "rao":
+        divergence = (total.square() - square).clamp(min=0)  # negative by rounding only
+    else:
+        divergence = -square
     return BranchingScores(entropy, divergence, entropy * divergence)
 
 
@@ -178,6 +164,54 @@ def clustered_semantic_entropy(embeddings: Tensor, threshold: float = 0.9) -> Te
         cluster = torch.where((cluster < 0) & (cluster[row] < 0) & (near[row] | (rows == row)), row, cluster)
     shares = cluster.bincount().float() / max(len(unit), 1)
     return torch.special.entr(shares).sum()
+
+
+def _score_rows(
+    logits: Tensor,
+    embeddings: Tensor,
+    scales: Tensor | None,
+    top_k: int,
+    full: bool,
+    drawn: Tensor | None,
+    found: Tensor,
+) -> None:
+    """Entropy and moments of each row; see :func:`lit_rl.kernels.branching.score_rows`."""
+    shifted = (logits - logits.amax(-1, keepdim=True)).clamp_(min=LOWEST)
+    best_shifted, best = largest(shifted, top_k)
+    powers = shifted.exp()
+    total = powers.sum(-1)
+    p = best_shifted.exp() / total[:, None]
+    if full:
+        found[0] = total.log() - torch.linalg.vecdot(powers, shifted) / total
+    else:
+        found[0] = -(p * (best_shifted - total.log()[:, None])).sum(-1)
+        if drawn is not None:
+            own = shifted.gather(1, drawn[:, None])[:, 0] - total.log()
+            outside = (best != drawn[:, None]).all(1)
+            found[0] -= torch.where(outside, own.exp() * own, 0.0)
+    found[1], found[2] = p.sum(-1), p.square().sum(-1)
+    weights = p if scales is None else p * scales[best]
+    found[3] = embedding_bag(best, embeddings, mode="sum", per_sample_weights=weights).square().sum(-1)
+
+
+def _score_rows_on_cpu(
+    logits: Tensor,
+    embeddings: Tensor,
+    scales: Tensor | None,
+    top_k: int,
+    full: bool,
+    drawn: Tensor | None,
+    found: Tensor,
+) -> None:
+    from lit_rl.kernels.branching import score_rows  # compiles at its first call, which is then kept on disk
+
+    if drawn is not None and drawn.numel() and not 0 <= drawn.min() <= drawn.max() < logits.shape[1]:
+        raise ValueError(f"drawn tokens must be below {logits.shape[1]}, got {drawn.min()} to {drawn.max()}")
+    none = torch.empty(0)
+    own, moments = none.long() if drawn is None else drawn.long(), torch.empty(found.shape)
+    arrays = [each.contiguous().numpy() for each in (logits, embeddings, none if scales is None else scales)]
+    score_rows(*arrays, top_k, full, own.contiguous().numpy(), moments.numpy())
+    found.copy_(moments)
 
 
 def _inverse_norms(embeddings: Tensor) -> Tensor:

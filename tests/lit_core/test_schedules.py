@@ -109,6 +109,23 @@ def test_rows_are_mixed_in_proportion() -> None:
     assert len(set(shares)) > 1
 
 
+@pytest.mark.parametrize(("batch_sizes", "steps", "mixed"), [
+    ((4, 2, 2), 30 + 20 + 10, 3),  # of 180 rows: 3 make 60 steps
+    ((4, 4, 2), 30 + 10 + 10, 4),  # 3.6 on the average: 4 make 45 steps, 3 would make 60
+    ((5, 5, 5), 24 + 8 + 4, 5),  # of one size: that one
+])  # fmt: skip
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_mixed_rows_take_about_as_many_steps(
+    batch_sizes: tuple[int, ...], steps: int, mixed: int, world_size: int
+) -> None:
+    sizes = {"a": 120 * world_size, "b": 40 * world_size, "c": 20 * world_size}
+    apart = schedule_sampler("bls", sizes, batch_sizes, world_size=world_size)
+    assert len(apart) == steps
+    sampler = schedule_sampler("mixed", sizes, batch_sizes, world_size=world_size)
+    assert {len(batch) for batch in epoch(sampler)} == {mixed}
+    assert abs(len(sampler) - steps) <= steps // 10
+
+
 @pytest.mark.parametrize("schedule", ["bls", "dataset", "task", "mixed"])
 def test_a_batch_is_a_function_of_seed_epoch_and_step(schedule: Any) -> None:
     def build(seed: int = 1) -> ResumableBatchSampler:
@@ -140,7 +157,7 @@ def test_a_state_of_another_order_is_refused_in_mid_epoch() -> None:
         ({"schedule": "dataset", "order": ["a", "b"]}, "must name each dataset once: a, b, c; got a, b"),
         ({"schedule": "task", "order": ["sts"], "types": TYPES}, "must name each task type once: retrieval, sts"),
         ({"schedule": "task"}, "field 'types': the schedule 'task' needs the task type"),
-        ({"schedule": "mixed", "batch_size": [1, 2, 3]}, "a batch of mixed rows has one size"),
+        ({"schedule": "mixed", "order": ["a"]}, "field 'order': the schedule 'mixed' has no order"),
         ({"schedule": "mixed", "batch_size": 23}, "the datasets have 22 rows together"),
         ({"schedule": "mixed", "batch_size": 0}, "field 'batch_size': must be at least 1, got 0"),
         ({"schedule": "bls", "batch_size": 6}, "dataset 2 has 5 rows, too few for a batch of 6"),

@@ -12,6 +12,6 @@ all its text; the words were, and training teaches which words say the same and 
 
 from lit_embed.data.families.config import Families, FamiliesConfig, TrainTask
 from lit_embed.data.families.domains import DOMAINS, Domain
-from lit_embed.data.families.families import build_families
+from lit_embed.data.families.families import build_families, plan
 
-__all__ = ["DOMAINS", "Domain", "Families", "FamiliesConfig", "TrainTask", "build_families"]
+__all__ = ["DOMAINS", "Domain", "Families", "FamiliesConfig", "TrainTask", "build_families", "plan"]

@@ -89,10 +89,12 @@ def train_task(
     name = f"{domain.name}-{kind}"
     rng = random.Random(f"{config.seed}/{name}/train")
     family = _family(config, kind, domain, meanings, rows, rng, texts)
-    examples = _examples(config, name, domain, meanings, family, rows, rng, texts, "rows", config.near_duplicates)
+    examples, about = _examples(
+        config, name, domain, meanings, family, rows, rng, texts, "rows", config.near_duplicates
+    )
     spoilt = random.Random(f"{config.seed}/{name}/wrong")
     for row in spoilt.sample(range(rows), round(config.wrong * rows)):
-        examples[row] = _spoil(examples[row], family.pool, spoilt)
+        examples[row] = _spoil(examples[row], family, about[row], spoilt)
     return TrainTask(
         name,
         kind,
@@ -109,7 +111,7 @@ def base_task(config: FamiliesConfig, domain: Domain, meanings: Sequence[Meaning
     rng = random.Random(f"{config.seed}/{name}")
     count = max(20, config.base_rows // QUERIES_PER_PASSAGE)
     family = Family(draw_pool(rng, domain, meanings, count, passage, texts, "base_rows"), QUESTIONS, config.overlap)
-    examples = _examples(config, name, domain, meanings, family, config.base_rows, rng, texts, "base_rows", 0.0)
+    examples, _ = _examples(config, name, domain, meanings, family, config.base_rows, rng, texts, "base_rows", 0.0)
     return TrainTask(name, "retrieval", examples, instruction=instruction("retrieval", domain))
 
 
@@ -156,7 +158,8 @@ def _examples(
     texts: Texts,
     field: str,
     near_duplicates: float,
-) -> list[Example]:
+) -> tuple[list[Example], list[Meaning]]:
+    """Examples, and what their queries mean."""
     asked = [meaning for meaning in meanings if family.right(meaning)]
     earlier: list[tuple[Meaning, Phrasing]] = []
 
@@ -176,13 +179,13 @@ def _examples(
         positives = tuple(passages[r] for r in rng.sample(right, min(MAX_POSITIVES, len(right))))
         negatives = tuple(passages[r] for r in family.wrong(rng, about[0], config.negatives))
         examples.append(Example(f"{name}-{row:05d}", query, positives, negatives))
-    return examples
+    return examples, [meaning for meaning, _ in earlier]
 
 
-def _spoil(example: Example, pool: Pool, rng: random.Random) -> Example:
-    """Put a wrong passage in place of the positives: of the pool, and no negative of the example where possible."""
-    right, against = set(example.positives), set(example.negatives)
-    wrong = [passage for passage in pool.passages if passage not in right]
+def _spoil(example: Example, family: Family, meaning: Meaning, rng: random.Random) -> Example:
+    """Put a passage that does not answer in place of the positives: no negative of the example where possible."""
+    right, against = set(family.right(meaning)), set(example.negatives)  # an example has not all that is right
+    wrong = [passage for row, passage in enumerate(family.pool.passages) if row not in right]
     chosen = rng.choice([passage for passage in wrong if passage not in against] or wrong)
     negatives = tuple(passage for passage in example.negatives if passage != chosen)
     return example._replace(positives=(chosen,), negatives=negatives)

@@ -155,7 +155,7 @@ def test_no_instructions(paths: list[str]) -> None:
 def test_schedules(paths: list[str], schedule: Any) -> None:
     module = fit(TaskDataModule(path=paths, schedule=schedule, batch_size=8, negatives=1))
     if schedule == "mixed":
-        assert [len(batch) for batch in module.batches] == [8] * 23  # of 190 rows
+        assert [len(batch) for batch in module.batches] == [5] * 38  # of 190 rows; the other schedules have 36 steps
         assert all(len({item["dataset"] for item in batch}) > 1 for batch in module.batches)
         return
     changes = sum(first != second for first, second in zip(module.sets, module.sets[1:], strict=False))
@@ -309,6 +309,13 @@ def test_a_member_goes_on_in_mid_epoch(paths: list[str], tmp_path: Path, schedul
             fit(TaskDataModule(**{**options, **changed}), ckpt_path=tmp_path / "half.ckpt")
 
 
+def test_a_limit_counts_among_the_rows_of_a_set() -> None:
+    data = TaskDataModule(families=FAMILIES, limit=100, types=["retrieval", "sts"])
+    data.setup("fit")
+    assert {of["rows"] for of in data.training_sets().values()} == {100}
+    assert {of["drawn"] for of in data.manifest["datasets"].values()} == {100}
+
+
 def test_families_are_the_default() -> None:
     module = fit(TaskDataModule(families=FAMILIES, bag=Bag(10)))
     assert {"travel-retrieval", "workshop-clustering", "household-sts"} <= set(module.sets)
@@ -342,11 +349,17 @@ def test_a_set_smaller_than_a_batch_makes_smaller_ones(tmp_path: Path) -> None:
         ({"base": True}, "field 'base': is for path 'families'"),
         ({"bag": Bag(100, complement=True)}, "leaves none for its complement"),
         ({"twice": True}, "field 'path': there are two training sets 'big'"),
+        ({"twice": True, "held_out": ["big"]}, "field 'path': there are two tasks 'big'; rename a folder or file"),
+        ({"held_out": ["smal"]}, "'held_out': there is no folder or file 'smal', only big, like, labels_no_in"),
+        ({"task_instructions": {"smal": "Do"}}, "field 'task_instructions': there is no folder or file 'smal', only"),
+        ({"path": "families", "families": FAMILIES, "held_out": ["court"]}, "'court', as all sets are built in"),
+        ({"held_out": ["big", "like", "labels_no_in_batch_neg", "small"]}, "'held_out': everything is held out"),
+        ({"train_on": ["big"], "leave_out": ["big"]}, "no training set is left; change types, train_on or leave_out"),
     ],
 )  # fmt: skip
 def test_mistakes_in_flags(paths: list[str], options: dict[str, Any], words: str) -> None:
     if options.pop("twice", False):
-        options["path"] = [paths[0], paths[0]]
+        options["path"] = [paths[0], *paths]
     with pytest.raises(InputError) as error:
         fit(TaskDataModule(**{"path": paths, "batch_size": 4, "negatives": 1, **options}))
     assert words in str(error.value)

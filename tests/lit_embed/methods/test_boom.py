@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from lit_core.errors import InputError
+from lit_core.files import read_json
 from lit_core.presets import preset_tokenizer
+from lit_embed.callbacks.tasks import TaskReport
 from lit_embed.data.task_datamodule import TaskDataModule
 from lit_embed.data.task_sources import instruct
-from lit_embed.methods.boom import Boom
+from lit_embed.methods.boom import Boom, score_tasks
 from lit_embed.methods.dense import Dense
 from lit_embed.modules.batches import PairBatch, PairCollator
 from lit_embed.modules.encoder import build_encoder
 from lit_embed.modules.tokenization import EncoderConfig, TextTokenizer
-from lit_embed.retrieval.tasks import mean_scores
+from lit_embed.retrieval.tasks import Sts, mean_scores
 
 ITEMS = [  # query, drawn passages (positive first), own group only, a teacher's scores
     ("q1", "abc", False, [1.0, 0.5, -1.0]),
@@ -92,6 +94,38 @@ def test_defaults_are_the_papers() -> None:
 def test_bad_temperatures_are_errors(value: float) -> None:
     with pytest.raises(InputError, match="temperature must be above 0"):
         Boom("tiny-qwen3", temperature=value)
+
+
+def test_tasks_that_were_not_encoded_whole_are_left_out_with_a_warning() -> None:
+    texts = {"a": "x", "b": "y"}
+    tasks = [
+        Sts(name=name, domain="in", queries=texts, pairs=[("a", "b", 1.0), ("a", "a", 2.0)]) for name in ("s", "t")
+    ]
+    evaluation: Any = [(task, {text: f"{task.name}/{text}" for text in texts}, {}) for task in tasks]
+    vectors = {"s/a": torch.tensor([1.0, 0.0]), "s/b": torch.tensor([0.0, 1.0]), "t/a": torch.tensor([1.0, 0.0])}
+    with pytest.warns(UserWarning, match="1 of 2 tasks are not scored, as some of their texts were not encoded .*: t$"):
+        scores, means = score_tasks(evaluation, vectors, {})
+    assert list(scores) == ["s"]
+    assert means["mean_task"] == scores["s"]["spearman"] == pytest.approx(1.0)
+    with pytest.warns(UserWarning, match="2 of 2 tasks are not scored"):
+        assert score_tasks(evaluation, {}, {}) == ({}, {})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from what ranx imports
+@pytest.mark.filterwarnings("ignore:The dataloader:UserWarning")  # advice only
+def test_a_part_of_the_texts_gives_no_score_of_a_task_it_cuts(tmp_path: Path) -> None:
+    module: Any = worker.boom()
+    data: Any = worker.data(module)
+    data.token_budget = 256
+    run = worker.trainer(tmp_path, "auto", 1, TaskReport(tmp_path), limit_val_batches=0.95)  # the last are the shortest
+    with pytest.warns(UserWarning, match="tasks are not scored"):
+        run.validate(module, data, verbose=False)
+    scored = {name.split("/")[1] for name in read_json(tmp_path / "validation.json")} & {
+        task.name for task, _, _ in data.evaluation("validate")
+    }
+    assert 0 < len(scored) < len(data.evaluation("validate"))
+    assert scored == set(module.task_scores)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_rl.functional import branching
 from lit_rl.functional.branching import (
     branching_scores,
     clustered_semantic_entropy,
@@ -84,7 +85,7 @@ def loop(logits: Tensor, embeddings: Tensor, top_k: int, variant: str) -> tuple[
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scores_against_the_equations(variant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_rl.functional.branching.CHUNK", 5 * 30)  # several chunks, the last one short
+    monkeypatch.setattr("lit_rl.functional.branching.CPU_CHUNK", 5 * 30)  # several chunks, the last one short
     generator = torch.Generator().manual_seed(0)
     logits, embeddings = 3 * torch.randn(3, 4, 30, generator=generator), torch.randn(30, 8, generator=generator)
     found = branching_scores(logits, embeddings, 6, variant)
@@ -109,6 +110,36 @@ def test_largest_values_in_blocks(vocabulary: int, top_k: int) -> None:
     assert torch.equal(values.gather(1, columns), found)
     assert torch.equal(found.sort(descending=True).values, values.topk(top_k).values)
     assert all(len(row.unique()) == top_k for row in columns)
+
+
+@pytest.mark.parametrize(("vocabulary", "top_k"), [(6, 6), (30, 6), (200, 20), (1000, 20), (5003, 7), (4096, 300)])
+@pytest.mark.parametrize("full", [True, False])
+def test_compiled_rows_equal_those_of_other_devices(vocabulary: int, top_k: int, full: bool) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 4 * torch.randn(40, vocabulary, generator=generator)
+    logits[10:20] = logits[10:20].round()  # ties
+    logits[20:25, 5:] = -math.inf
+    logits[25] = 0
+    embeddings, scales = torch.randn(vocabulary, 12, generator=generator), torch.rand(vocabulary, generator=generator)
+    drawn = torch.randint(vocabulary, (40,), generator=generator)
+    found, expected = torch.empty(4, 40), torch.empty(4, 40)
+    for weights in (None, scales):
+        for tokens in (None, drawn):
+            branching._score_rows_on_cpu(logits, embeddings, weights, top_k, full, tokens, found)
+            branching._score_rows(logits, embeddings, weights, top_k, full, tokens, expected)
+            distinct = [row for row in range(40) if not 10 <= row <= 25]  # among equal ones either may be compared
+            torch.testing.assert_close(found[:, distinct], expected[:, distinct], atol=2e-6, rtol=1e-5)
+            same = found[:3] if full or tokens is None else found[1:3]
+            torch.testing.assert_close(same, expected[:3] if len(same) == 3 else expected[1:3], atol=2e-6, rtol=1e-5)
+
+
+def test_compiled_rows_of_broken_logits_and_tokens() -> None:
+    logits = torch.randn(3, 400)
+    logits[1, 7] = math.nan
+    found = branching_scores(logits, torch.randn(400, 4), top_k=20).entropy
+    assert found.isnan().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="drawn tokens must be below 400, got 0 to 400"):
+        branching_scores(logits, torch.randn(400, 4), entropy_support="topk", sampled=torch.tensor([0, 400, 1]))
 
 
 def test_tokens_without_probability_and_half_precision() -> None:

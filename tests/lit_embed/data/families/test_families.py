@@ -243,6 +243,14 @@ def test_wrong_leaves_a_negative_where_a_set_has_few_labels() -> None:
         assert all(example.negatives for task in tight.train for example in task.examples)
 
 
+def test_wrong_is_wrong_where_a_cluster_has_more_texts_than_an_example() -> None:
+    """Ten texts of each of five labels are right, of which an example has eight."""
+    noisy = build_families.__wrapped__(replace(SMALL, rows=800, values=5, wrong=1.0))
+    task = next(task for task in noisy.train if task.type == "clustering")
+    assert not any(answers(task, example.query, passage.text) for example in task.examples
+                   for passage in (*example.positives, *example.negatives))  # fmt: skip
+
+
 def test_near_duplicates_ask_for_few_things() -> None:
     again = build_families.__wrapped__(replace(SMALL, near_duplicates=0.9)).train[0]
     fresh = build_families(SMALL).train[0]
