@@ -234,7 +234,7 @@ def _preset(backbone: str, task: Task, config: BackboneConfig, quantization: Qua
         torch.manual_seed(config.seed)
         try:
             model = _model_class(task, settings).from_config(settings, attn_implementation=config.attention)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise InputError(f"preset '{backbone}' cannot be built as {task}: {error}") from None
     if quantization is not None:  # transformers quantises while it reads a checkpoint
         with TemporaryDirectory() as folder:
@@ -320,6 +320,10 @@ def _load(build: Callable[[], Any], backbone: str) -> Any:
         raise InputError("this folder holds no model: config.json is missing", backbone)
     try:
         return build()
+    except ImportError as error:
+        raise InputError(
+            f"backbone '{backbone}' asks for what is not installed: {str(error).splitlines()[0]}"
+        ) from None
     except (OSError, ValueError) as error:  # transformers raises both for what it cannot find or read
         reason = str(error).strip().split("\n")[0]
         presets = ", ".join(PRESETS)

@@ -191,6 +191,7 @@ class CoCoA(Method):
         ids = tokenizer(token or "_", add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise InputError(f"must be one token, '{token or '_'}' is {len(ids)}", field="mask_token")
+        self.encoder.item_tokenizer.check_special(ids[0], "mask_token")
         return ids[0]
 
     @contextmanager

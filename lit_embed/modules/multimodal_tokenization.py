@@ -96,6 +96,7 @@ class MultimodalTokenizer:
         self.images = images.bounded(config.min_pixels, config.max_pixels)
         self.prompts = {"query": config.query_prompt or "", "passage": config.passage_prompt or ""}
         self.bridge_id = _bridge(tokenizer, config.bridge)
+        self.check_special(self.bridge_id, "bridge")
         if config.image_size and config.image_size % images.factor:
             raise InputError(f"image_size must be a multiple of {images.factor} pixels, got {config.image_size}")
         assert config.max_tokens is not None  # build_multimodal_encoder has settled it
@@ -159,6 +160,17 @@ class MultimodalTokenizer:
         if wrong:
             token = self.tokenizer.convert_ids_to_tokens(min(wrong))
             raise InputError(f"the text {text[:40]!r} holds {token}, which only an image may bring")
+
+    def check_special(self, token: int, field: str) -> None:
+        """Refuse a token that stands for an image, or around it, in another place.
+
+        Raises:
+            InputError: It is one of those.
+        """
+        vision = self.vision
+        if token in (vision.start, vision.end, vision.image, vision.video):
+            name = self.tokenizer.convert_ids_to_tokens(token)
+            raise InputError(f"must not be {name}, which belongs to images", field=field)
 
     def say_cut(self, cut: int, total: int) -> None:
         """Warn of cut texts, once for this tokenizer."""

@@ -202,6 +202,16 @@ QUERY = {"qry": ASK, "qry_image_path": "a.png", "pos_text": "a red ball"}
             "rows.jsonl:6: field 'pos_text': has <|image_1|> in its text, but no image",
         ),
         ({"pos_text": "a <|image_pad|>"}, [], "holds <|image_pad|>, which only an image may bring"),
+        (
+            {},
+            ["--model.encoder.bridge=<|image_pad|>"],
+            "field 'bridge': must not be <|image_pad|>, which belongs to im",
+        ),
+        (
+            {},
+            ["--model.mask_token=<|image_pad|>"],
+            "field 'mask_token': must not be <|image_pad|>, which belongs to im",
+        ),
         ({}, ["--model.encoder.bridge=<|endoftext|>"], "field 'bridge': the bridge token must differ from the padding"),
         (
             {},

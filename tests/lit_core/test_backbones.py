@@ -1,3 +1,4 @@
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,12 @@ def test_adapters_of_a_bfloat16_backbone_are_float32() -> None:
     assert types == {True: torch.float32, False: torch.bfloat16}
     model(input_ids=torch.arange(5)[None]).last_hidden_state.float().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash attention is installed")
+def test_an_attention_that_is_not_installed_is_one_line(tmp_path: Path) -> None:
+    config = BackboneConfig(attention="flash_attention_2")
+    load_backbone("tiny-bert", "encoder").save_pretrained(tmp_path)
+    for backbone in ("tiny-qwen3", str(tmp_path)):
+        with pytest.raises(InputError, match="FlashAttention2 has been toggled on"):
+            load_backbone(backbone, "encoder", config)
