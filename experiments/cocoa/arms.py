@@ -61,7 +61,7 @@ BRIDGES = {  # the second stage: title, start, bridge, whether it is main
 }
 ARMS = (
     Trained("causal", "causal, contrastive (VLM2Vec-like)", CAPTIONS, (CAUSAL,), main=True),
-    Trained("bidirectional", "bidirectional, contrastive", CAPTIONS, main=True, tenth=True),
+    Trained("bidirectional", "bidirectional, contrastive", CAPTIONS, main=True),
     Trained("equal", "bidirectional, steps of all stages", CAPTIONS, main=True, tenth=True, equal=True),
     Trained("warm_only", "stage 1, contrastive (MoCa-like)", WARM, main=True),
     Trained("cold", "stage 2, contrastive", "bridge_cold"),
