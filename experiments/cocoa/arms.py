@@ -63,7 +63,7 @@ ARMS = (
     Trained("causal", "causal, contrastive (VLM2Vec-like)", CAPTIONS, (CAUSAL,), main=True),
     Trained("bidirectional", "bidirectional, contrastive", CAPTIONS, main=True),
     Trained("equal", "bidirectional, steps of all stages", CAPTIONS, main=True, tenth=True, equal=True),
-    Trained("warm_only", "stage 1, contrastive (MoCa-like)", WARM, main=True),
+    Trained("warm_only", "stage 1, contrastive (MoCa-like)", WARM),
     Trained("cold", "stage 2, contrastive", "bridge_cold"),
     Trained("cocoa", "CoCoA", "bridge", main=True, tenth=True),
     Trained("strict", "CoCoA, strict bridge", "bridge_strict"),
