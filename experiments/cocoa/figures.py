@@ -40,6 +40,7 @@ def retrieval_grid(folder: Path) -> "Figure":
     with canvas(1.5 * columns + 1.2, 1.55 * len(rows) + 0.9, "Retrieved", subtitle) as (figure, axes):
         axes.remove()
         grid = figure.subplots(len(rows), columns, squeeze=False)
+        grid[0, 0].set_title(" ", fontsize=10)  # room for the subtitle
         for line, row in zip(grid, rows, strict=True):
             cells: list[dict[str, Any] | None] = [row["query"], *row["candidates"]]
             for place, cell in zip(line, [*cells, *[None] * (columns - len(cells))], strict=True):
@@ -59,7 +60,7 @@ def _draw(place: Any, cell: dict[str, Any] | None, pictures: Any) -> None:
     if cell["picture"] is not None:
         place.imshow(pictures[cell["picture"]])
         if "right" not in cell:
-            place.set_title(text[:70], fontsize=5.5, color=INK)
+            place.set_xlabel(text[:70], fontsize=5.5, color=INK)  # above, it would meet the title of the figure
     else:
         place.text(0.5, 0.5, text, ha="center", va="center", fontsize=6, transform=place.transAxes)
     for spine in place.spines.values():
@@ -78,6 +79,7 @@ def reconstructed_words(folder: Path) -> "Figure":
     with canvas(9.0, 1.35 * len(rows) + 0.9, "Reconstructed words", subtitle) as (figure, axes):
         axes.remove()
         grid = figure.subplots(len(rows), 2, squeeze=False, width_ratios=[1, 6])
+        grid[0, 0].set_title(" ", fontsize=10)  # room for the subtitle
         for (left, right), row in zip(grid, rows, strict=True):
             _draw(left, {"text": row["text"], "picture": row["picture"]}, pictures)
             right.axis("off")
