@@ -1,6 +1,7 @@
 """Figures of the BOOM experiment: in-domain against out-of-domain, updates, drift by layer, gains of pairs."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Folders = Mapping[str, Sequence[Path]]
 UPDATES = ("old", "updated", "naive", "with_core", "update", "updated_twice", FULL)
+NAMED = 14  # points with their names beside them; more have numbers and a list
 DRIFTED = ("m20", "m40", "m60", "m80", FULL)
 
 
@@ -54,13 +56,22 @@ def domains(means: Mapping[str, Mapping[str, float]]) -> "Figure":
         means: Of each arm ``in_domain``, ``out_of_domain`` and ``cost``.
     """
     subtitle = "mean over seeds; the area of a point is its cost in runs over all data"
-    with canvas(8.4, 6.0, "In-domain against out-of-domain", subtitle) as (figure, axes):
+    labels = _labels(means)
+    numbered = len(labels) > NAMED
+    with canvas(12.5 if numbered else 8.4, 6.0, "In-domain against out-of-domain", subtitle) as (figure, axes):
         for number, of in enumerate(means.values()):
             colour, size = COLOURS[number % len(COLOURS)], _size(of)
             axes.scatter([of["in_domain"]], [of["out_of_domain"]], s=size, color=colour, alpha=0.6, linewidths=0)
-        for names, (x, y), size in _labels(means):
-            axes.annotate(", ".join(names), (x, y), xytext=(5 + math.sqrt(size) / 2, 3), textcoords="offset points",
-                          fontsize=8, color=INK)  # fmt: skip
+        for number, (names, (x, y), size) in enumerate(labels, start=1):
+            text, beside = (str(number), 2.0) if numbered else (", ".join(names), 5.0)
+            axes.annotate(text, (x, y), xytext=(beside + math.sqrt(size) / 2, 3), textcoords="offset points",
+                          fontsize=7 if numbered else 8, color=INK)  # fmt: skip
+        if numbered:
+            lines = [textwrap.fill(f"{number}  {', '.join(names)}", 34, subsequent_indent="     ")
+                     for number, (names, _, _) in enumerate(labels, start=1)]  # fmt: skip
+            half = (len(lines) + 1) // 2
+            for place, part in ((1.02, lines[:half]), (1.3, lines[half:])):
+                axes.text(place, 1.0, "\n".join(part), transform=axes.transAxes, va="top", fontsize=7, color=INK)
         axes.set_xlabel("in-domain")
         axes.set_ylabel("out-of-domain")
         axes.margins(0.12)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from experiments.boom import SPEC, arms, training
 from experiments.boom.__main__ import main as boom
 from experiments.boom.arms import MEMBERS, build
+from experiments.boom.figures import domains
 from experiments.boom.merges import side_by_side
 from experiments.boom.training import Trained, data_of, groups_of_tasks, names_flag, trained_arm
 from lit_core.errors import InputError
@@ -332,3 +333,12 @@ def test_three_real_collections(shared_data: Path, tmp_path: Path) -> None:
         found = results(tmp_path / "runs", arm)["metrics"]
         assert all(0 < found[f"task/{name}"] <= 1 for name in ("cranfield", "med", "cisi"))
     assert "task/cisi" in (tmp_path / "runs" / "boom" / "report.md").read_text()
+
+
+def test_many_points_have_numbers_and_a_list_of_names() -> None:
+    few = {f"arm{n}": {"in_domain": n / 40, "out_of_domain": n / 50, "cost": 1.0} for n in range(5)}
+    many = {f"arm{n}": {"in_domain": n / 40, "out_of_domain": n / 50, "cost": 1.0} for n in range(30)}
+    texts = [[text.get_text() for text in domains(means).axes[0].texts] for means in (few, many)]
+    assert texts[0] == list(few)
+    assert texts[1][:30] == [str(n) for n in range(1, 31)]
+    assert "\n".join(texts[1][30:]).splitlines() == [f"{n + 1}  arm{n}" for n in range(30)]
