@@ -91,7 +91,7 @@ def test_a_trie_changes_nothing(name: str, seed: int, by_token: bool, tmp_path: 
     for micro_tokens in (None, 45):
         found = updated(prepared(CASES[name]()), "trie", micro_tokens, seed, by_token, tmp_path)
         apart = (found.gradient - expected.gradient).abs().max()
-        assert float(apart) < 1e-6 * float(expected.gradient.abs().max())
+        assert float(apart) < 1e-6  # rounding is that of the terms, which cancel; relative to the sum it would grow
         for key in LOGGED:
             assert found.logged[key] == pytest.approx(expected.logged[key], rel=1e-5, abs=1e-6), key
         for one, other in zip(vars(found.experience).values(), vars(expected.experience).values(), strict=True):
