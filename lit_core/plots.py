@@ -212,18 +212,18 @@ def file_name(name: str) -> str:
 
 def log_pictures(folder: Path | str, pictures: Mapping[str, Path]) -> None:
     """Write PNG files as TensorBoard images into ``folder``, in place of those of an earlier report."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+    from torch.utils.tensorboard import FileWriter
 
     folder = Path(folder)
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
-    writer = SummaryWriter(str(folder))
+    writer = FileWriter(str(folder))
     for name, path in pictures.items():
         content = path.read_bytes()  # as it is: to draw it again would take as long as at first
         width, height = struct.unpack(">II", content[16:24])
         image = Summary.Image(height=height, width=width, colorspace=RGBA, encoded_image_string=content)
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]))
+        writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]))
     writer.close()
 
 
