@@ -1,6 +1,7 @@
 """Figures of a report: arms with intervals, training curves, differences; as PNG files and in TensorBoard."""
 
 import re
+import struct
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ Points = Sequence[Sequence[float]]  # [[x, value], ...] of one run
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, QUIET, GRID = "#222222", "#666666", "#E4E4E4"
 VERDICT_COLOURS = {True: "#0072B2", False: "#D55E00", "inconclusive": QUIET}
+RGBA = 4  # channels of matplotlib's PNG files
 UNLIKE = 20  # differences that are so many times larger than others would hide them
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -208,16 +210,20 @@ def file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_")
 
 
-def log_figures(folder: Path | str, figures: Mapping[str, "Figure"]) -> None:
-    """Write figures as TensorBoard images into ``folder``, in place of those of an earlier report."""
-    from torch.utils.tensorboard import SummaryWriter
+def log_pictures(folder: Path | str, pictures: Mapping[str, Path]) -> None:
+    """Write PNG files as TensorBoard images into ``folder``, in place of those of an earlier report."""
+    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+    from torch.utils.tensorboard import FileWriter
 
     folder = Path(folder)
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
-    writer = SummaryWriter(str(folder))
-    for name, figure in figures.items():
-        writer.add_figure(name, figure, close=False)
+    writer = FileWriter(str(folder))
+    for name, path in pictures.items():
+        content = path.read_bytes()  # as it is: to draw it again would take as long as at first
+        width, height = struct.unpack(">II", content[16:24])
+        image = Summary.Image(height=height, width=width, colorspace=RGBA, encoded_image_string=content)
+        writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]))
     writer.close()
 
 
@@ -263,5 +269,5 @@ def write_figures(
         with atomic_path(root / names[caption]) as temporary:
             figure.savefig(temporary, format="png", bbox_inches="tight", facecolor="white")
     if figures:
-        log_figures(root / "tensorboard", {f"report/{caption}": figure for caption, figure in figures.items()})
+        log_pictures(root / "tensorboard", {f"report/{caption}": root / name for caption, name in names.items()})
     return names

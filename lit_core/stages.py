@@ -79,7 +79,7 @@ class ExperimentCLI(LightningCLI):
         execute: bool = True,
     ) -> None:
         folder = folder.absolute()  # loggers write from threads of their own, whatever the working directory is by then
-        self.spec, self.folder, self.quiet, self.execute = spec, folder, quiet, execute
+        self.spec, self.folder, self.quiet, self.execute, self.verb = spec, folder, quiet, execute, args[0]
         overlays = [part for path in configs[1:] for part in ("--config", str(path))]
         complete = {"default_config_files": [str(path) for path in configs[:1]]}
         for name in ("lightning.pytorch", "lightning.fabric"):
@@ -89,7 +89,7 @@ class ExperimentCLI(LightningCLI):
             load(spec.data),
             args=[args[0], *overlays, *args[1:]],
             parser_class=Parser,
-            parser_kwargs=dict.fromkeys(self.subcommands(), complete),
+            parser_kwargs={self.verb: complete},
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=FolderConfig,
@@ -100,6 +100,9 @@ class ExperimentCLI(LightningCLI):
                 "log_every_n_steps": 10,
             },
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # lightning asks the object, not the class
+        return {self.verb: LightningCLI.subcommands()[self.verb]}  # the parsers of the other verbs take long to build
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoint")

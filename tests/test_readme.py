@@ -35,7 +35,7 @@ def test_every_command_runs(
             more: list[str] = []
         else:
             more = QUICK if module.rpartition(".")[2] in POLICIES else SMALL
-            more = more if args else [*more, "--seeds", "0"]
+            more = more if args else [*more, "--seeds", "0", "--jobs", "1"]  # a process of its own takes long to start
         if module == "experiments":
             monkeypatch.setattr("sys.argv", ["experiments"])
             assert importlib.import_module("experiments.__main__").main() == 0

@@ -73,6 +73,7 @@ def test_labels_of_equal_lines_do_not_cover_one_another() -> None:
 
 
 def test_files_and_events(report: dict[str, Any], tmp_path: Path) -> None:
+    from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (tmp_path / "b").mkdir()
@@ -88,6 +89,11 @@ def test_files_and_events(report: dict[str, Any], tmp_path: Path) -> None:
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["images"]) == {f"report/{name}" for name in names}
+    for caption, name in names.items():
+        (image,) = events.Images(f"report/{caption}")
+        assert image.encoded_image_string == (tmp_path / name).read_bytes()
+        with Image.open(tmp_path / name) as picture:
+            assert ((image.width, image.height), picture.mode) == (picture.size, "RGBA")
 
 
 def test_an_arm_has_the_same_colour_in_every_figure(report: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Fits of CoCoA's stages for `test_cocoa_on_two_processes.py`: on two, by `torchrun`, and on one."""
+"""Fits of CoCoA's stages for `test_cocoa_on_two_processes.py`: on two processes and on one."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from two_ranks import become_two_ranks
 
 from lit_core.callbacks.step_seed import StepSeed
 from lit_core.optim import Schedule
@@ -81,9 +82,14 @@ def scenarios(folder: Path) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-if __name__ == "__main__":
+def main(folder: str) -> None:
     warnings.filterwarnings("ignore")
-    target = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    target = Path(folder)
     result = scenarios(target)
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(result, target / "weights.pt")
+
+
+if __name__ == "__main__":
+    become_two_ranks(main, *sys.argv[1:])

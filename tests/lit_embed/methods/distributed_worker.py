@@ -1,4 +1,4 @@
-"""Fits for `test_fits.py` (one process) and `test_distributed.py` (two, by `torchrun`, against one)."""
+"""Fits for `test_fits.py` (one process) and `test_distributed.py` (two against one)."""
 
 import os
 import sys
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from two_ranks import become_two_ranks
 
 from experiments.dense import SPEC
 from lit_core.backbones import Lora
@@ -283,4 +284,4 @@ def main(folder: str, untied: str, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    become_two_ranks(main, *sys.argv[1:])

@@ -1,27 +1,19 @@
 """CoCoA's stages on two CPU processes (gloo) against one: the same global batches give the same weights."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import cocoa_worker as worker
 import pytest
 import torch
 from torch import Tensor
+from two_ranks import run_program
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-ROOT = Path(__file__).parents[3]
 Weights = dict[str, dict[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, Weights]:
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker.__file__]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([*command, str(folder)], env=environment, cwd=ROOT, capture_output=True, text=True,
-                           check=False, timeout=500)  # fmt: skip
+    found = run_program(worker.__file__, folder, timeout=500)
     assert found.returncode == 0, found.stderr[-3000:]
     two = torch.load(folder / "weights.pt", weights_only=True)
     return two, worker.scenarios(tmp_path_factory.mktemp("one"))

@@ -1,14 +1,12 @@
 """Two CPU processes (gloo) against one: the same global batches must give the same weights, metrics and runs."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import distributed_worker as worker
 import pytest
 import torch
+from two_ranks import run_program
 
 from lit_core.presets import preset_config, preset_tokenizer
 from lit_embed.modules.encoder import build_encoder
@@ -18,7 +16,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # from what ranx and datasets import
 ]
 
-ROOT = Path(__file__).parents[3]
 FITS = [
     "ddp",
     "ddp cached",
@@ -56,12 +53,7 @@ class Runs:
         preset_tokenizer("tiny-bert").save_pretrained(still)
         for path in (self.two, self.one):
             path.mkdir()
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker.__file__]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        found = subprocess.run(
-            [sys.executable, *command, str(self.two), str(untied)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False,
-        )  # fmt: skip
+        found = run_program(worker.__file__, self.two, untied, timeout=400)
         self.log = found.stdout + found.stderr
         self.scenarios = worker.scenarios(self.one, str(untied))
 

@@ -1,12 +1,11 @@
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from two_ranks import become_two_ranks, run_program
 
 from lit_core.errors import InputError
 from lit_embed.functional.metrics import ranked_gains
@@ -74,12 +73,8 @@ def test_bad_arguments() -> None:
 
 @pytest.mark.slow
 def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path) -> None:
-    command = [sys.executable, __file__, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    workers = [subprocess.Popen([*command, rank], env=environment, stderr=subprocess.PIPE, text=True) for rank in "01"]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
+    ended = run_program(__file__, tmp_path, timeout=120)
+    assert ended.returncode == 0, ended.stderr
     gains, all_gains, run, qrels = collection()
     metrics = RetrievalMetrics(NAMES)
     metrics.update(gains, all_gains)
@@ -89,16 +84,17 @@ def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path) -> None:
     assert single == pytest.approx(evaluate(run, qrels, NAMES), abs=1e-6)
 
 
-def work(folder: Path, rank: int) -> None:
+def work(folder: str) -> None:
     """Score 29 queries in three batches in the first process and 8 in one in the second."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     gains, all_gains, _, _ = collection()
     metrics = RetrievalMetrics(NAMES)
     for start, end in [(0, 5), (5, 20), (20, 29)] if rank == 0 else [(29, 37)]:
         metrics.update(gains[start:end], all_gains[start:end])
-    (folder / str(rank)).write_text(json.dumps({name: value.item() for name, value in metrics.compute().items()}))
+    Path(folder, str(rank)).write_text(json.dumps({name: value.item() for name, value in metrics.compute().items()}))
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), int(sys.argv[2]))
+    become_two_ranks(work, sys.argv[1])

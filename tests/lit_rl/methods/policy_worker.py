@@ -1,4 +1,4 @@
-"""Fits of policies for the tests beside it: in one process, and on two as a program that `torchrun` starts."""
+"""Fits of policies for the tests beside it: in one process, and on two as a program."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from two_ranks import become_two_ranks
 
 from lit_core.backbones import Lora
 from lit_core.callbacks.step_seed import StepSeed
@@ -383,4 +384,4 @@ def main(folder: str, untied: str, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    become_two_ranks(main, *sys.argv[1:])

@@ -1,20 +1,16 @@
 """Two CPU processes (gloo) against one: the same global batches must give the same weights, metrics and responses."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import policy_worker as worker
 import pytest
 import torch
+from two_ranks import run_program
 
 from lit_core.presets import preset_config, preset_tokenizer
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[3]
 
 
 class Runs:
@@ -30,12 +26,7 @@ class Runs:
         for path in (self.two, self.one):
             path.mkdir()
             worker.problems(path)
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker.__file__]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        found = subprocess.run(
-            [sys.executable, *command, str(self.two), str(untied)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
+        found = run_program(worker.__file__, self.two, untied, timeout=600)
         self.log = found.stdout + found.stderr
         self.scenarios = worker.scenarios(self.one, str(untied))
 

@@ -1,7 +1,6 @@
-"""Two CPU processes (gloo) against one; started by `torchrun`, this file is the program that they run."""
+"""Two CPU processes (gloo) against one; this file is the program that they run."""
 
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from two_ranks import become_two_ranks, run_program
 
 from lit_core.backbones import Lora
 from lit_core.callbacks.step_seed import StepSeed
@@ -24,7 +24,6 @@ from lit_rl.modules import reward_model
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[3]
 STRATEGIES = {"ddp": "ddp", "ddp adapters": "ddp", "ddp bidirectional": "ddp", "fsdp": "fsdp", "fsdp adapters": "fsdp"}
 
 
@@ -83,12 +82,7 @@ class Runs:
         torch.manual_seed(0)
         BertModel(preset_config("tiny-bert", **without)).save_pretrained(self.still)
         preset_tokenizer("tiny-bert").save_pretrained(self.still)
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        found = subprocess.run(
-            [sys.executable, *command, str(folder), str(self.still)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+        found = run_program(__file__, folder, self.still, timeout=300)
         self.log = found.stdout + found.stderr
 
     def __call__(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -133,4 +127,4 @@ def main(folder: str, still: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    become_two_ranks(main, *sys.argv[1:])
