@@ -106,7 +106,7 @@ def by_formula(method: str) -> Callable[[str, Any, Any], Any]:
         if method == "linear":
             return stack.mean(0)
         if method == "multislerp":
-            norms = flat.norm(dim=1, keepdim=True)
+            norms = flat.norm(dim=1, keepdim=True, dtype=torch.float64)  # in float32 a long sum is off by a thousandth
             mean = (flat / norms).mean(0)
             return (mean / mean.norm() * norms.mean()).view_as(base)
         deltas = flat - base.view(1, -1)

@@ -7,7 +7,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an unknown backbone is refused at once
 torch.set_num_threads(1)  # tests run side by side
-sys.path.insert(0, str(Path(__file__).parent))  # for two_ranks
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # a folder of its own: that above has one called lit_core
 
 
 @pytest.fixture(autouse=True)

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import torch
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parent
+ROOT = SUPPORT.parents[1]
 RANKS = 2
 
 
 def run_program(program: str, *arguments: object, timeout: float) -> "subprocess.CompletedProcess[str]":
     """Run a program that calls :func:`become_two_ranks`; returns when both have ended."""
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    paths = os.pathsep.join([str(ROOT), str(SUPPORT)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, program, *map(str, arguments)],
-        cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=timeout, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
 
 
