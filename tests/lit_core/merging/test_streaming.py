@@ -154,59 +154,42 @@ def test_a_killed_merge_leaves_nothing_and_the_next_one_works(tmp_path: Path) ->
     assert not list(tmp_path.glob(".*"))
 
 
-MEMORY: dict[str, dict[str, Any]] = {
-    "linear": {}, "multislerp": {}, "ties": {}, "dare_ties": {"rescale": "l1"}, "sce": {"select_topk": 0.2}
-}  # fmt: skip
-BUDGET, SIZE = 8 * 2**20, 24 * 2**20  # bytes; large beside the kernel's own count, which moves by 1 MiB
-
-
-@pytest.fixture(scope="module")
-def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """Most bytes that merges of two and of five models have taken, by method, each method in a process of its own."""
-    folder = tmp_path_factory.mktemp("memory")
-    values = torch.randn(6, SIZE // 4, generator=torch.Generator().manual_seed(0))
-    folders = [write(folder / f"m{number}", {"w": row.view(-1, 512)}) for number, row in enumerate(values)]
-    small = write(folder / "small", {"w": torch.ones(2)})
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("linear", {}), ("multislerp", {}), ("ties", {}), ("dare_ties", {"rescale": "l1"}), ("sce", {"select_topk": 0.2})],
+)
+def test_memory_is_bounded_and_does_not_grow_with_the_models(
+    tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    budget, size = 8 * 2**20, 24 * 2**20  # large beside the kernel's own count, which moves by 1 MiB
+    values = torch.randn(6, size // 4, generator=torch.Generator().manual_seed(0))
+    folders = [write(tmp_path / f"m{number}", {"w": row.view(-1, 512)}) for number, row in enumerate(values)]
+    small = write(tmp_path / "small", {"w": torch.ones(2)})
     program = (
-        "import json, os, sys\n"
+        "import json, sys\n"
         "import torch\n"
         "from benchmarks.harness import peak_memory, reset_peak_memory\n"
         "from lit_core.merging import merge_folders\n"
         "torch.set_num_threads(1)\n"
-        "folders, small, out, methods, budget = json.loads(sys.argv[1])\n"
-        "def peaks(method, options):\n"
-        "    merge_folders([small], f'{out}{method}', method, base=small, **options)\n"  # loads libraries
-        "    before = reset_peak_memory()\n"
-        "    for count in (2, 5):\n"
-        "        target = f'{out}{method}{count}'\n"
-        "        merge_folders(folders[:count], target, method, base=folders[-1], chunk_bytes=budget, **options)\n"
-        "        print(method, peak_memory() - before, flush=True)\n"
-        "for method, options in methods.items():\n"
-        "    child = os.fork()\n"  # nothing is computed before, so that all start alike
-        "    if child == 0:\n"
-        "        peaks(method, options)\n"
-        "        os._exit(0)\n"
-        "    assert os.waitpid(child, 0)[1] == 0, method\n"
+        "folders, small, out, method, options, budget = json.loads(sys.argv[1])\n"
+        "merge_folders([small], out, method, base=small, **options)\n"  # loads libraries
+        "before = reset_peak_memory()\n"
+        "peaks = []\n"
+        "for count in (2, 5):\n"
+        "    merge_folders(folders[:count], f'{out}{count}', method, base=folders[-1], chunk_bytes=budget, **options)\n"
+        "    peaks.append(peak_memory() - before)\n"
+        "print(json.dumps(peaks))\n"
     )
     root = Path(__file__).parents[3]
-    arguments = json.dumps([list(map(str, folders)), str(small), str(folder / "out"), MEMORY, BUDGET])
+    arguments = json.dumps([list(map(str, folders)), str(small), str(tmp_path / "out"), method, options, budget])
     call = [sys.executable, "-c", program, arguments]
     environment = {**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "131072"}  # what is freed is gone
     done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
-    found: dict[str, list[float]] = {}
-    for line in done.stdout.splitlines():
-        method, peak = line.split()
-        found.setdefault(method, []).append(float(peak) * 2**20)
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("method", MEMORY)
-def test_memory_is_bounded_and_does_not_grow_with_the_models(peaks: dict[str, list[float]], method: str) -> None:
-    of_two, of_five = peaks[method]
-    assert max(of_two, of_five) < 1.5 * BUDGET  # a tensor has 24 MiB
-    assert of_five - of_two < 0.25 * BUDGET
+    peaks = [peak * 2**20 for peak in json.loads(done.stdout)]
+    assert max(peaks) < 1.5 * budget  # a tensor has 24 MiB
+    assert peaks[-1] - peaks[0] < 0.25 * budget  # of two models and of five
 
 
 @pytest.mark.parametrize(
