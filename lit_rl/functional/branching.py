@@ -27,6 +27,13 @@ class BranchingScores(NamedTuple):
     semantic_entropy: Tensor
 
 
+class _Table(NamedTuple):
+    """Token embeddings ``(V, D)``, and what brings each to length 1, ``(V)``, or None where they have it."""
+
+    embeddings: Tensor
+    scales: Tensor | None
+
+
 def branching_scores(
     logits: Tensor,
     embeddings: Tensor,
@@ -63,7 +70,7 @@ def branching_scores(
     if len(embeddings) < vocabulary:
         raise ValueError(f"need an embedding for each of {vocabulary} tokens, got {len(embeddings)}")
     embeddings = embeddings.detach().float()
-    scales = None if normalised else _inverse_norms(embeddings)
+    table = _Table(embeddings, None if normalised else _inverse_norms(embeddings))
     rows = logits.detach().reshape(-1, vocabulary)
     drawn = None if sampled is None else sampled.reshape(-1)
     moments = torch.empty(4, len(rows), device=logits.device)
@@ -72,7 +79,7 @@ def branching_scores(
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         here = None if drawn is None else drawn[part]
-        score(rows[part].float(), embeddings, scales, top_k, entropy_support == "full", here, moments[:, part])
+        score(rows[part].float(), table, top_k, entropy_support == "full", here, moments[:, part])
     entropy, total, squares, square = moments.view(4, *logits.shape[:-1])
     if variant == "offdiag":
         divergence = squares - square
@@ -166,15 +173,7 @@ def clustered_semantic_entropy(embeddings: Tensor, threshold: float = 0.9) -> Te
     return torch.special.entr(shares).sum()
 
 
-def _score_rows(
-    logits: Tensor,
-    embeddings: Tensor,
-    scales: Tensor | None,
-    top_k: int,
-    full: bool,
-    drawn: Tensor | None,
-    found: Tensor,
-) -> None:
+def _score_rows(logits: Tensor, table: _Table, top_k: int, full: bool, drawn: Tensor | None, found: Tensor) -> None:
     """Entropy and moments of each row; see :func:`lit_rl.kernels.branching.score_rows`."""
     shifted = (logits - logits.amax(-1, keepdim=True)).clamp_(min=LOWEST)
     best_shifted, best = largest(shifted, top_k)
@@ -190,18 +189,12 @@ def _score_rows(
             outside = (best != drawn[:, None]).all(1)
             found[0] -= torch.where(outside, own.exp() * own, 0.0)
     found[1], found[2] = p.sum(-1), p.square().sum(-1)
-    weights = p if scales is None else p * scales[best]
-    found[3] = embedding_bag(best, embeddings, mode="sum", per_sample_weights=weights).square().sum(-1)
+    weights = p if table.scales is None else p * table.scales[best]
+    found[3] = embedding_bag(best, table.embeddings, mode="sum", per_sample_weights=weights).square().sum(-1)
 
 
 def _score_rows_on_cpu(
-    logits: Tensor,
-    embeddings: Tensor,
-    scales: Tensor | None,
-    top_k: int,
-    full: bool,
-    drawn: Tensor | None,
-    found: Tensor,
+    logits: Tensor, table: _Table, top_k: int, full: bool, drawn: Tensor | None, found: Tensor
 ) -> None:
     from lit_rl.kernels.branching import score_rows  # compiles at its first call, which is then kept on disk
 
@@ -209,7 +202,8 @@ def _score_rows_on_cpu(
         raise ValueError(f"drawn tokens must be below {logits.shape[1]}, got {drawn.min()} to {drawn.max()}")
     none = torch.empty(0)
     own, moments = none.long() if drawn is None else drawn.long(), torch.empty(found.shape)
-    arrays = [each.contiguous().numpy() for each in (logits, embeddings, none if scales is None else scales)]
+    scales = none if table.scales is None else table.scales
+    arrays = [each.contiguous().numpy() for each in (logits, table.embeddings, scales)]
     score_rows(*arrays, top_k, full, own.contiguous().numpy(), moments.numpy())
     found.copy_(moments)
 

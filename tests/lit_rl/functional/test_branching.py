@@ -125,8 +125,9 @@ def test_compiled_rows_equal_those_of_other_devices(vocabulary: int, top_k: int,
     found, expected = torch.empty(4, 40), torch.empty(4, 40)
     for weights in (None, scales):
         for tokens in (None, drawn):
-            branching._score_rows_on_cpu(logits, embeddings, weights, top_k, full, tokens, found)
-            branching._score_rows(logits, embeddings, weights, top_k, full, tokens, expected)
+            table = branching._Table(embeddings, weights)
+            branching._score_rows_on_cpu(logits, table, top_k, full, tokens, found)
+            branching._score_rows(logits, table, top_k, full, tokens, expected)
             distinct = [row for row in range(40) if not 10 <= row <= 25]  # among equal ones either may be compared
             torch.testing.assert_close(found[:, distinct], expected[:, distinct], atol=2e-6, rtol=1e-5)
             same = found[:3] if full or tokens is None else found[1:3]
