@@ -397,5 +397,4 @@ def test_fields_are_flags() -> None:
     data = parser.instantiate_classes(parser.parse_args(flags)).data
     assert data.bag == Bag(60, 2)
     assert (data.families.rows, data.new, data.types, data.part) == (800, ["a", "b"], ["sts"], "core+new")
-    share = parser.instantiate_classes(parser.parse_args(["--data.new=0.2", "--data.part=old"])).data
-    assert share.new == 0.2
+    assert parser.instantiate_classes(parser.parse_args(["--data.new=0.2", "--data.part=old"])).data.new == 0.2
