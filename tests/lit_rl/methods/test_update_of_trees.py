@@ -90,8 +90,10 @@ def test_a_trie_changes_nothing(name: str, seed: int, by_token: bool, tmp_path: 
     assert 0 < expected.logged["policy/clip_fraction"] < 1
     for micro_tokens in (None, 45):
         found = updated(prepared(CASES[name]()), "trie", micro_tokens, seed, by_token, tmp_path)
-        apart = (found.gradient - expected.gradient).abs().max()
-        assert float(apart) < 1e-6  # rounding is that of the terms, which cancel; relative to the sum it would grow
+        apart, sizes = (found.gradient - expected.gradient).abs(), expected.gradient.abs()
+        first = len(apart) // 2  # of the first step; the second starts from weights that rounding has moved
+        assert float(apart[:first].max()) < 1e-6 * float(sizes[:first].max())
+        assert float(apart.max()) < 1e-6
         for key in LOGGED:
             assert found.logged[key] == pytest.approx(expected.logged[key], rel=1e-5, abs=1e-6), key
         for one, other in zip(vars(found.experience).values(), vars(expected.experience).values(), strict=True):
